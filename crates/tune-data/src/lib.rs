@@ -1,0 +1,1 @@
+//! JSONL to packed, masked token batches: chat template, tokenizer, loss mask, packing.

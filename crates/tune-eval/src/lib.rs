@@ -1,0 +1,1 @@
+//! Generation, sampling, loss and perplexity.

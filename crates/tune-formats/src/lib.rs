@@ -1,0 +1,1 @@
+//! Bytes on disk to typed values and back: GGUF, safetensors, PEFT adapters, Modelfile.

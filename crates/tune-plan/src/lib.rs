@@ -1,0 +1,1 @@
+//! Memory planner: arithmetic only, every term named.

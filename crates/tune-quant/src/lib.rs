@@ -1,0 +1,13 @@
+//! Block codecs: stored quantised bytes to `f32` and back. No I/O, no threads of its own, no device.
+//!
+//! [`BlockType`] names every storage type of a weight and knows its block geometry; one module per family
+//! holds the scalar reference decoder and encoder. [`StoredMatrix`] is a weight exactly as it lies on disk,
+//! read row by row without ever being decoded as a whole.
+
+mod block_type;
+pub mod nf4;
+mod stored;
+
+pub use block_type::BlockType;
+pub use nf4::Nf4;
+pub use stored::{ByteView, RowOrder, Storage, StoredMatrix};

@@ -1,0 +1,1 @@
+//! NF4 with double quantisation, as bitsandbytes stores it.

@@ -1,0 +1,198 @@
+//! A weight as it lies on disk: shared bytes, a block type, and the order of its rows.
+
+use std::fmt;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use crate::{BlockType, Nf4};
+
+/// A range of bytes owned by something shared: a memory map, or a vector.
+#[derive(Clone)]
+pub struct ByteView {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl ByteView {
+    /// The bytes `range` of `owner`, or `None` when `owner` is shorter.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
+        let len = (*owner).as_ref().len();
+        (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
+    }
+}
+
+impl From<Vec<u8>> for ByteView {
+    fn from(bytes: Vec<u8>) -> Self {
+        let range = 0..bytes.len();
+        Self { owner: Arc::new(bytes), range }
+    }
+}
+
+impl Deref for ByteView {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl fmt::Debug for ByteView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ByteView({} bytes)", self.range.len())
+    }
+}
+
+/// How the values of a matrix are stored.
+#[derive(Clone, Debug)]
+pub enum Storage {
+    /// Rows of blocks of one [`BlockType`], row after row.
+    Blocks {
+        /// The type of every block.
+        block_type: BlockType,
+        /// `rows · block_type.row_bytes(cols)` bytes.
+        bytes: ByteView,
+    },
+    /// NF4 with double quantisation, made on load from 16-bit weights.
+    Nf4(Arc<Nf4>),
+}
+
+/// The order in which the rows of a stored matrix lie, relative to the Hugging Face layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowOrder {
+    /// As in the Hugging Face layout.
+    Natural,
+    /// GGUF files of architecture `llama` store q and k with the two rotary halves of each head interleaved:
+    /// stored row `2j + h` of a head is Hugging Face row `h · head_dim/2 + j`, `h ∈ {0, 1}`.
+    RotaryInterleaved {
+        /// Rows per head.
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// The stored row that holds Hugging Face row `row`.
+    pub fn stored_row(self, row: usize) -> usize {
+        match self {
+            Self::Natural => row,
+            Self::RotaryInterleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let half = head_dim / 2;
+                head * head_dim + 2 * (within % half) + within / half
+            }
+        }
+    }
+}
+
+/// A matrix `[rows, cols]` (`[d_out, d_in]` for a linear layer) in its stored form.
+///
+/// Rows are addressed in Hugging Face order; [`RowOrder`] is resolved inside, so nothing above this type
+/// ever permutes a weight, and a memory-mapped file is never copied.
+#[derive(Clone, Debug)]
+pub struct StoredMatrix {
+    rows: usize,
+    cols: usize,
+    storage: Storage,
+    row_order: RowOrder,
+}
+
+impl StoredMatrix {
+    /// A matrix over stored blocks, or `None` when `bytes` is not exactly `rows` rows of `cols` values.
+    pub fn from_blocks(
+        block_type: BlockType,
+        rows: usize,
+        cols: usize,
+        bytes: ByteView,
+        row_order: RowOrder,
+    ) -> Option<Self> {
+        let expected = block_type.row_bytes(cols)?.checked_mul(rows)?;
+        (bytes.len() == expected).then_some(Self {
+            rows,
+            cols,
+            storage: Storage::Blocks { block_type, bytes },
+            row_order,
+        })
+    }
+
+    /// A matrix of `f32` values in natural order. `values.len()` must be `rows · cols`.
+    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
+        assert_eq!(values.len(), rows * cols, "values of a [{rows}, {cols}] matrix");
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let storage = Storage::Blocks { block_type: BlockType::F32, bytes: bytes.into() };
+        Self { rows, cols, storage, row_order: RowOrder::Natural }
+    }
+
+    /// The same matrix quantised to NF4 with double quantisation (row order becomes natural).
+    pub fn to_nf4(&self) -> Self {
+        let mut values = vec![0.0; self.rows * self.cols];
+        for (row, out) in values.chunks_exact_mut(self.cols).enumerate() {
+            self.decode_row(row, out);
+        }
+        Self {
+            rows: self.rows,
+            cols: self.cols,
+            storage: Storage::Nf4(Arc::new(Nf4::quantize(&values))),
+            row_order: RowOrder::Natural,
+        }
+    }
+
+    /// Rows, the output features of a linear layer.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns, the input features of a linear layer.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How the values are stored.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// The order of the stored rows.
+    pub fn row_order(&self) -> RowOrder {
+        self.row_order
+    }
+
+    /// Bytes that the stored form occupies.
+    pub fn stored_bytes(&self) -> usize {
+        match &self.storage {
+            Storage::Blocks { bytes, .. } => bytes.len(),
+            Storage::Nf4(nf4) => nf4.stored_bytes(),
+        }
+    }
+
+    /// Name of the storage type, as GGUF tools print it (`Q4_K`, `BF16`, …) or `NF4`.
+    pub fn type_name(&self) -> &'static str {
+        match &self.storage {
+            Storage::Blocks { block_type, .. } => block_type.name(),
+            Storage::Nf4(_) => "NF4",
+        }
+    }
+
+    /// The stored bytes of Hugging Face row `row`, for block storage.
+    pub fn row_blocks(&self, row: usize) -> Option<(BlockType, &[u8])> {
+        match &self.storage {
+            Storage::Blocks { block_type, bytes } => {
+                let row_bytes = block_type.row_bytes(self.cols)?;
+                let start = self.row_order.stored_row(row) * row_bytes;
+                Some((*block_type, bytes.get(start..start + row_bytes)?))
+            }
+            Storage::Nf4(_) => None,
+        }
+    }
+
+    /// Decodes Hugging Face row `row` into `out`, which holds `cols` values.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        debug_assert_eq!(out.len(), self.cols);
+        match &self.storage {
+            Storage::Blocks { block_type, bytes } => {
+                let row_bytes = bytes.len() / self.rows;
+                let start = self.row_order.stored_row(row) * row_bytes;
+                block_type.decode(&bytes[start..start + row_bytes], out);
+            }
+            Storage::Nf4(nf4) => nf4.decode(row * self.cols, out),
+        }
+    }
+}

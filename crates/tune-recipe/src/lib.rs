@@ -1,0 +1,1 @@
+//! Recipe as written to RunSpec as run: TOML, aliases, overrides, validation.

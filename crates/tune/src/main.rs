@@ -1,0 +1,2 @@
+//! Fine-tune local language models on hardware you own.
+fn main() {}
