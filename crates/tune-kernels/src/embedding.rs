@@ -1,0 +1,28 @@
+//! Embedding: the rows of a frozen table, decoded one by one.
+//!
+//! ```text
+//! y[t] = W[ids[t]]
+//! ```
+//!
+//! W `[vocab, d_model]` frozen; `ids` `[tokens]`; y `[tokens, d_model]`. Nothing is saved: there is no backward.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::FrozenWeight;
+
+/// The embeddings of `ids`: decodes only the rows asked for.
+///
+/// # Shapes
+/// `ids` `[tokens]` -> `[tokens, w.cols()]`, on `device`, untracked.
+///
+/// # Panics
+/// When an id is not below `w.rows()`.
+pub fn embedding(w: &FrozenWeight, ids: &[u32], device: &Device) -> Tensor<2> {
+    let (vocab, d_model) = (w.rows(), w.cols());
+    let mut values = vec![0.0; ids.len() * d_model];
+    for (id, out) in ids.iter().zip(values.chunks_exact_mut(d_model)) {
+        assert!((*id as usize) < vocab, "embedding: token id {id} in a vocabulary of {vocab}");
+        w.matrix().decode_row(*id as usize, out);
+    }
+    Tensor::from_data(TensorData::new(values, [ids.len(), d_model]), device)
+}
