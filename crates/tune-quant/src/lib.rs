@@ -5,6 +5,10 @@
 //! read row by row without ever being decoded as a whole.
 
 mod block_type;
+mod codebook_quants;
+mod float;
+mod k_quants;
+mod legacy_quants;
 pub mod nf4;
 mod stored;
 

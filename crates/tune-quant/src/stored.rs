@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+use crate::nf4::Nf4Quantizer;
 use crate::{BlockType, Nf4};
 
 /// A range of bytes owned by something shared: a memory map, or a vector.
@@ -122,15 +123,18 @@ impl StoredMatrix {
     }
 
     /// The same matrix quantised to NF4 with double quantisation (row order becomes natural).
+    #[must_use]
     pub fn to_nf4(&self) -> Self {
-        let mut values = vec![0.0; self.rows * self.cols];
-        for (row, out) in values.chunks_exact_mut(self.cols).enumerate() {
-            self.decode_row(row, out);
+        let mut quantizer = Nf4Quantizer::with_capacity(self.rows * self.cols);
+        let mut values = vec![0.0; self.cols];
+        for row in 0..self.rows {
+            self.decode_row(row, &mut values);
+            quantizer.push(&values);
         }
         Self {
             rows: self.rows,
             cols: self.cols,
-            storage: Storage::Nf4(Arc::new(Nf4::quantize(&values))),
+            storage: Storage::Nf4(Arc::new(quantizer.finish())),
             row_order: RowOrder::Natural,
         }
     }
@@ -194,5 +198,44 @@ impl StoredMatrix {
             }
             Storage::Nf4(nf4) => nf4.decode(row * self.cols, out),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotary_rows_are_read_in_hugging_face_order() {
+        // two heads of four rows; the value of each stored row is its Hugging Face row
+        let stored: Vec<f32> = [0, 2, 1, 3, 4, 6, 5, 7].into_iter().flat_map(|row| [row as f32; 2]).collect();
+        let bytes: Vec<u8> = stored.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let order = RowOrder::RotaryInterleaved { head_dim: 4 };
+        let matrix = StoredMatrix::from_blocks(BlockType::F32, 8, 2, bytes.into(), order).unwrap();
+        for row in 0..8 {
+            let mut out = [f32::NAN; 2];
+            matrix.decode_row(row, &mut out);
+            assert_eq!(out, [row as f32; 2]);
+            let (block_type, blocks) = matrix.row_blocks(row).unwrap();
+            assert_eq!(
+                (block_type, blocks),
+                (BlockType::F32, [row as f32; 2].map(f32::to_le_bytes).as_flattened())
+            );
+        }
+        let mut nf4_row = [0.0; 2];
+        matrix.to_nf4().decode_row(7, &mut nf4_row);
+        assert!((nf4_row[0] - 7.0).abs() < 1e-3, "{nf4_row:?}");
+    }
+
+    #[test]
+    fn wrong_sizes_are_refused() {
+        let bytes = |n: usize| ByteView::from(vec![0u8; n]);
+        let matrix = |rows, cols, n| {
+            StoredMatrix::from_blocks(BlockType::Q8_0, rows, cols, bytes(n), RowOrder::Natural).is_some()
+        };
+        assert!(matrix(3, 64, 3 * 68));
+        assert!(!matrix(3, 64, 3 * 68 - 1));
+        assert!(!matrix(3, 48, 3 * 51));
+        assert!(ByteView::new(Arc::new(vec![0u8; 4]), 2..5).is_none());
     }
 }
