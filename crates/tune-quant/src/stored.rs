@@ -215,7 +215,7 @@ mod tests {
         for row in 0..8 {
             let mut out = [f32::NAN; 2];
             matrix.decode_row(row, &mut out);
-            assert_eq!(out, [row as f32; 2]);
+            assert_eq!(out[..], [row as f32; 2]);
             let (block_type, blocks) = matrix.row_blocks(row).unwrap();
             assert_eq!(
                 (block_type, blocks),
