@@ -147,12 +147,12 @@ mod tests {
     const CONFIG: LoraConfig = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, dropout: 0.0 };
 
     fn values(tensor: Tensor<2>) -> Vec<f32> {
-        tensor.into_data().to_vec().expect("f32 tensor")
+        tensor.into_data().try_to_vec().expect("f32 tensor")
     }
 
     fn base() -> FrozenWeight {
         let weight: Vec<f32> = (0..6 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
-        FrozenWeight::new(StoredMatrix::from_f32(6, 8, &weight))
+        StoredMatrix::from_f32(6, 8, &weight).into()
     }
 
     fn input(device: &Device) -> Tensor<2> {

@@ -1,1 +1,21 @@
-//! Supervised fine-tuning: the run, optimiser, schedule, checkpoint, events.
+//! Supervised fine-tuning. [`sft`] is the run, read top to bottom; the other files are what it is made of.
+
+mod checkpoint;
+mod error;
+mod event;
+mod gradients;
+mod memory;
+mod optim;
+mod run_folder;
+mod schedule;
+mod sft;
+mod steps;
+
+pub use error::TrainError;
+pub use event::{Event, StepMetrics};
+pub use gradients::loss_and_gradients;
+pub use memory::peak_memory_bytes;
+pub use optim::{AdamW, AdamWConfig, clip_grad_norm};
+pub use run_folder::RunFolder;
+pub use schedule::Schedule;
+pub use sft::{Finish, Outcome, Setup, sft};

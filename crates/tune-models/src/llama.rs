@@ -1,0 +1,394 @@
+//! Llama: the decoder of Llama 2 and 3, SmolLM2, TinyLlama and Mistral without a sliding window.
+//!
+//!     h = x + o(attention(rope(q), rope(k), v))     q, k, v of RMSNorm(x)
+//!     y = h + down(silu(gate) ⊙ up)                 gate, up of RMSNorm(h)
+//!
+//! Touvron et al. 2023, arXiv 2307.09288; grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
+//! Weights `[d_out, d_in]` under their Hugging Face names, frozen and as stored.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use tune_adapters::{Lora, LoraConfig, Targets};
+use tune_formats::{ModelConfig, Weights};
+use tune_kernels::{FrozenWeight, RotaryTable, causal_attention, embedding, frozen_linear, rope, swiglu};
+use tune_quant::{Storage, StoredMatrix};
+
+use crate::layers::rotary_frequencies;
+use crate::{Context, KvCache, Layout, Linear, ModelError, Quantization, RmsNorm};
+
+/// A Llama with frozen weights and optional adapters.
+#[derive(Clone)]
+pub struct Llama {
+    config: ModelConfig,
+    device: Device,
+    embed_tokens: FrozenWeight, // [vocab, d_model]
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    lm_head: FrozenWeight, // [vocab, d_model]; the embedding when tied
+    frequencies: Vec<f32>, // [head_dim / 2]
+}
+
+/// One layer: attention and gated MLP, each behind a norm and beside the residual stream.
+#[derive(Clone)]
+pub struct Block {
+    input_norm: RmsNorm,
+    attention: Attention,
+    post_attention_norm: RmsNorm,
+    mlp: Mlp,
+}
+
+#[derive(Clone)]
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    head_dim: usize,
+}
+
+#[derive(Clone)]
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+/// A linear layer that carries an adapter, under its Hugging Face module path.
+pub struct AdapterSlot<'a> {
+    /// E.g. `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// The adapter there.
+    pub adapter: &'a mut Lora,
+}
+
+impl Llama {
+    /// Reads nothing but norms and biases; matrices stay where `weights` has them.
+    pub fn load(
+        config: &ModelConfig,
+        weights: &dyn Weights,
+        quantization: Quantization,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let mut loader = Loader { config, weights, quantization, device, mismatches: Vec::new() };
+        let (vocab, d_model) = (config.vocab_size, config.hidden_size);
+        let embed_tokens = loader.matrix("model.embed_tokens.weight", vocab, d_model)?;
+        let blocks = (0..config.num_hidden_layers).map(|layer| loader.block(layer)).collect::<Result<_, _>>()?;
+        let norm = loader.norm("model.norm.weight")?;
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.clone()
+        } else {
+            loader.matrix("lm_head.weight", vocab, d_model)?
+        };
+        if !loader.mismatches.is_empty() {
+            return Err(ModelError::Shapes { mismatches: loader.mismatches });
+        }
+        Ok(Self {
+            config: config.clone(),
+            device: device.clone(),
+            embed_tokens: embed_tokens.into(),
+            blocks,
+            norm,
+            lm_head: lm_head.into(),
+            frequencies: rotary_frequencies(config),
+        })
+    }
+
+    /// Puts a fresh adapter beside every target.
+    pub fn attach(&mut self, config: &LoraConfig, targets: &Targets, seed: u64) {
+        let device = self.device.clone();
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            for (index, (name, linear)) in block.linears_mut().into_iter().enumerate() {
+                if targets.contains(layer, name) {
+                    let shape = [linear.weight.rows(), linear.weight.cols()];
+                    linear.adapter = Some(Lora::init(config, shape, seed, stream(layer, index), &device));
+                }
+            }
+        }
+    }
+
+    /// Puts adapters with given values (`a` `[rank, d_in]`, `b` `[d_out, rank]`) beside the layers that `find`
+    /// knows by module path, and none beside the others. `dropout` is used while training.
+    pub fn attach_weights(
+        &mut self,
+        adapter: &tune_formats::peft::Adapter,
+        dropout: f64,
+    ) -> Result<(), ModelError> {
+        let device = self.device.clone();
+        let mut unknown: Vec<String> = adapter.layers.keys().cloned().collect();
+        let mut mismatches = Vec::new();
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            for (index, (name, linear)) in block.linears_mut().into_iter().enumerate() {
+                let path = ModelConfig::linear_path(layer, name);
+                linear.adapter = None;
+                let Some(lora) = adapter.layers.get(&path) else { continue };
+                unknown.retain(|p| *p != path);
+                let shape = [linear.weight.rows(), linear.weight.cols()];
+                if [lora.d_out, lora.d_in] != shape {
+                    let got = [lora.d_out, lora.d_in];
+                    mismatches.push(format!("{path}: expected [d_out, d_in] = {shape:?}, got {got:?}"));
+                    continue;
+                }
+                let config = LoraConfig {
+                    rank: lora.r,
+                    alpha: adapter.config.alpha_for(&path),
+                    use_rslora: adapter.config.use_rslora,
+                    dropout,
+                };
+                let (a, b) = (lora.a.clone(), lora.b.clone());
+                linear.adapter =
+                    Some(Lora::from_weights(&config, shape, a, b, stream(layer, index), &device));
+            }
+        }
+        mismatches.extend(unknown.into_iter().map(|path| format!("{path}: no such layer in the base")));
+        if mismatches.is_empty() { Ok(()) } else { Err(ModelError::Adapter { mismatches }) }
+    }
+
+    /// All adapters in a fixed order: by layer, then in the order in which a block applies its linears.
+    pub fn adapters_mut(&mut self) -> Vec<AdapterSlot<'_>> {
+        self.blocks
+            .iter_mut()
+            .enumerate()
+            .flat_map(|(layer, block)| {
+                block.linears_mut().into_iter().filter_map(move |(name, linear)| {
+                    let path = ModelConfig::linear_path(layer, name);
+                    linear.adapter.as_mut().map(|adapter| AdapterSlot { path, adapter })
+                })
+            })
+            .collect()
+    }
+
+    /// The hyper-parameters.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the tensors live.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The layers, first to last.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The output head `[vocab, d_model]`.
+    pub fn head(&self) -> &FrozenWeight {
+        &self.lm_head
+    }
+
+    /// What the blocks need besides their input.
+    pub fn context(&self, layout: &Layout, dropout: Option<tune_adapters::Dropout>) -> Context {
+        let rotary = RotaryTable::new(&layout.positions, &self.frequencies, 1.0);
+        Context { rotary, spans: layout.spans.clone(), dropout }
+    }
+
+    /// The input of the first block, `[tokens, d_model]`.
+    pub fn embed(&self, ids: &[u32]) -> Tensor<2> {
+        embedding(&self.embed_tokens, ids, &self.device)
+    }
+
+    /// The final norm, in front of the head.
+    pub fn final_norm(&self, hidden: Tensor<2>) -> Tensor<2> {
+        self.norm.forward(hidden)
+    }
+
+    /// Output of the final norm for all tokens, without a graph: `[tokens, d_model]`.
+    pub fn hidden(&self, ids: &[u32], layout: &Layout) -> Tensor<2> {
+        let context = self.context(layout, None);
+        let x = self.blocks.iter().fold(self.embed(ids), |x, block| block.forward(x, &context));
+        self.final_norm(x)
+    }
+
+    /// The same for `ids` after the tokens in `cache`, which takes them in.
+    pub fn hidden_cached(&self, ids: &[u32], cache: &mut KvCache) -> Tensor<2> {
+        let context = self.context(&Layout::continuation(cache.len(), ids.len()), None);
+        let mut x = self.embed(ids);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward_cached(x, &context, layer, cache);
+        }
+        cache.advance(ids.len());
+        self.final_norm(x)
+    }
+
+    /// An empty cache for `capacity` tokens.
+    pub fn kv_cache(&self, capacity: usize) -> KvCache {
+        let width = self.config.num_key_value_heads * self.config.head_dim;
+        KvCache::new(self.blocks.len(), capacity, width, &self.device)
+    }
+
+    /// Logits `[tokens, vocab]` of hidden states behind the final norm. For a few tokens only: training and
+    /// evaluation never hold them for a whole micro-batch.
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        frozen_linear(hidden, &self.lm_head)
+    }
+}
+
+impl Block {
+    /// # Shapes
+    ///
+    /// - x, output: `[tokens, d_model]`
+    pub fn forward(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
+        let normed = self.input_norm.forward(x.clone());
+        let h = x + self.attention.forward(normed, context);
+        self.mlp_residual(h, context)
+    }
+
+    /// The same block with its adapters as leaves of a fresh autodiff graph.
+    pub fn tracked(&self) -> Self {
+        let mut block = self.clone();
+        for (_, linear) in block.linears_mut() {
+            *linear = linear.tracked();
+        }
+        block
+    }
+
+    /// Whether any linear of this block is trained.
+    pub fn is_adapted(&self) -> bool {
+        self.linears().iter().any(|(_, linear)| linear.adapter.is_some())
+    }
+
+    /// The linear layers by PEFT name, in the order in which the block applies them.
+    pub fn linears(&self) -> [(&'static str, &Linear); 7] {
+        let Self { attention: a, mlp: m, .. } = self;
+        [
+            ("q_proj", &a.q_proj),
+            ("k_proj", &a.k_proj),
+            ("v_proj", &a.v_proj),
+            ("o_proj", &a.o_proj),
+            ("gate_proj", &m.gate_proj),
+            ("up_proj", &m.up_proj),
+            ("down_proj", &m.down_proj),
+        ]
+    }
+
+    fn linears_mut(&mut self) -> [(&'static str, &mut Linear); 7] {
+        let Self { attention: a, mlp: m, .. } = self;
+        [
+            ("q_proj", &mut a.q_proj),
+            ("k_proj", &mut a.k_proj),
+            ("v_proj", &mut a.v_proj),
+            ("o_proj", &mut a.o_proj),
+            ("gate_proj", &mut m.gate_proj),
+            ("up_proj", &mut m.up_proj),
+            ("down_proj", &mut m.down_proj),
+        ]
+    }
+
+    fn forward_cached(&self, x: Tensor<2>, context: &Context, layer: usize, cache: &mut KvCache) -> Tensor<2> {
+        let normed = self.input_norm.forward(x.clone());
+        let (q, k, v) = self.attention.qkv(normed, context);
+        let (k, v) = cache.append(layer, k, v);
+        let h = x + self.attention.attend(q, k, v, context);
+        self.mlp_residual(h, context)
+    }
+
+    fn mlp_residual(&self, h: Tensor<2>, context: &Context) -> Tensor<2> {
+        let normed = self.post_attention_norm.forward(h.clone());
+        h + self.mlp.forward(normed, context)
+    }
+}
+
+impl Attention {
+    fn forward(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
+        let (q, k, v) = self.qkv(x, context);
+        self.attend(q, k, v, context)
+    }
+
+    fn qkv(&self, x: Tensor<2>, context: &Context) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+        let q = self.q_proj.forward(x.clone(), context.dropout); // [tokens, n_heads · head_dim]
+        let k = self.k_proj.forward(x.clone(), context.dropout); // [tokens, n_kv_heads · head_dim]
+        let v = self.v_proj.forward(x, context.dropout);
+        (rope(q, &context.rotary), rope(k, &context.rotary), v)
+    }
+
+    fn attend(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, context: &Context) -> Tensor<2> {
+        let mixed = causal_attention(q, k, v, context.spans.clone(), self.head_dim);
+        self.o_proj.forward(mixed, context.dropout)
+    }
+}
+
+impl Mlp {
+    fn forward(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
+        let gate = self.gate_proj.forward(x.clone(), context.dropout); // [tokens, d_ff]
+        let up = self.up_proj.forward(x, context.dropout);
+        self.down_proj.forward(swiglu(gate, up), context.dropout)
+    }
+}
+
+/// Reads the weights and collects every shape that does not fit, to report them together.
+struct Loader<'a> {
+    config: &'a ModelConfig,
+    weights: &'a dyn Weights,
+    quantization: Quantization,
+    device: &'a Device,
+    mismatches: Vec<String>,
+}
+
+impl Loader<'_> {
+    fn block(&mut self, layer: usize) -> Result<Block, ModelError> {
+        let [q, k, v, o, gate, up, down] =
+            self.config.block_linears().map(|(name, d_out, d_in)| self.linear(layer, name, d_out, d_in));
+        let norm = |part| format!("model.layers.{layer}.{part}.weight");
+        Ok(Block {
+            input_norm: self.norm(&norm("input_layernorm"))?,
+            attention: Attention {
+                q_proj: q?,
+                k_proj: k?,
+                v_proj: v?,
+                o_proj: o?,
+                head_dim: self.config.head_dim,
+            },
+            post_attention_norm: self.norm(&norm("post_attention_layernorm"))?,
+            mlp: Mlp { gate_proj: gate?, up_proj: up?, down_proj: down? },
+        })
+    }
+
+    fn linear(&mut self, layer: usize, name: &str, d_out: usize, d_in: usize) -> Result<Linear, ModelError> {
+        let path = ModelConfig::linear_path(layer, name);
+        let stored = self.matrix(&format!("{path}.weight"), d_out, d_in)?;
+        let weight = match self.quantization {
+            Quantization::Nf4 if is_unquantised(&stored) => stored.to_nf4(),
+            _ => stored,
+        };
+        let bias_name = format!("{path}.bias");
+        let bias = if self.weights.shape(&bias_name).is_some() {
+            let values = self.vector(&bias_name, d_out)?;
+            Some(Tensor::from_data(TensorData::new(values, [1, d_out]), self.device))
+        } else {
+            None
+        };
+        Ok(Linear { weight: weight.into(), bias, adapter: None })
+    }
+
+    fn norm(&mut self, name: &str) -> Result<RmsNorm, ModelError> {
+        Ok(RmsNorm::new(self.vector(name, self.config.hidden_size)?, self.config.rms_norm_eps))
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<StoredMatrix, ModelError> {
+        let stored = self.weights.matrix(name)?;
+        if (stored.rows(), stored.cols()) != (rows, cols) {
+            let got = [stored.rows(), stored.cols()];
+            self.mismatches.push(format!("{name}: expected {:?}, got {got:?}", [rows, cols]));
+        }
+        Ok(stored)
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        let values = self.weights.vector(name)?;
+        if values.len() != len {
+            self.mismatches.push(format!("{name}: expected [{len}], got [{}]", values.len()));
+            return Ok(vec![0.0; len]);
+        }
+        Ok(values)
+    }
+}
+
+fn is_unquantised(stored: &StoredMatrix) -> bool {
+    use tune_quant::BlockType::{BF16, F16, F32};
+    matches!(stored.storage(), Storage::Blocks { block_type: F32 | F16 | BF16, .. })
+}
+
+/// Tells the adapters of a model apart, independently of which of them exist.
+fn stream(layer: usize, index: usize) -> u64 {
+    (layer * tune_adapters::LINEARS.len() + index) as u64
+}

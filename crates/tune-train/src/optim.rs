@@ -1,0 +1,147 @@
+//! AdamW with torch's arithmetic and defaults, and clipping by the global norm.
+//!
+//!     p ← p · (1 − lr · λ)
+//!     m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
+//!     p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+//!
+//! Loshchilov and Hutter 2019, arXiv 1711.05101; order of operations as in `torch.optim.AdamW`.
+//! burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its state by module; ours is a list in the
+//! order of [`tune_models::Llama::adapters_mut`], which a checkpoint can store by name.
+
+use burn::tensor::Tensor;
+
+/// Hyper-parameters; the defaults are torch's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay λ.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 1e-2 }
+    }
+}
+
+/// Optimiser state: both moments of every parameter, f32.
+pub struct AdamW {
+    config: AdamWConfig,
+    steps: u64,
+    moments: Vec<Moments>,
+}
+
+/// Moments of one parameter, in its shape.
+#[derive(Clone)]
+pub struct Moments {
+    /// First moment m.
+    pub m: Tensor<2>,
+    /// Second moment v.
+    pub v: Tensor<2>,
+}
+
+impl AdamW {
+    /// Zero moments for `parameters`.
+    pub fn new<'a>(config: AdamWConfig, parameters: impl IntoIterator<Item = &'a Tensor<2>>) -> Self {
+        let zeros = |p: &Tensor<2>| Moments { m: p.zeros_like(), v: p.zeros_like() };
+        Self { config, steps: 0, moments: parameters.into_iter().map(zeros).collect() }
+    }
+
+    /// State of a run that has taken `steps` steps.
+    pub fn resume(config: AdamWConfig, steps: u64, moments: Vec<Moments>) -> Self {
+        Self { config, steps, moments }
+    }
+
+    /// Moments in the order of the parameters.
+    pub fn moments(&self) -> &[Moments] {
+        &self.moments
+    }
+
+    /// Updates every parameter with its gradient. Both come in the order given to [`new`](Self::new).
+    pub fn step(&mut self, learning_rate: f64, parameters: Vec<&mut Tensor<2>>, gradients: Vec<Tensor<2>>) {
+        assert_eq!(parameters.len(), self.moments.len(), "one parameter for each moment");
+        assert_eq!(gradients.len(), self.moments.len(), "one gradient for each moment");
+        self.steps += 1;
+        let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
+        let correction1 = 1.0 - beta1.powf(self.steps as f64);
+        let correction2 = 1.0 - beta2.powf(self.steps as f64);
+        for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients).zip(&mut self.moments) {
+            let m = moments.m.clone().mul_scalar(beta1) + gradient.clone().mul_scalar(1.0 - beta1);
+            let v = moments.v.clone().mul_scalar(beta2)
+                + (gradient.clone() * gradient).mul_scalar(1.0 - beta2);
+            let denominator = v.clone().sqrt().div_scalar(correction2.sqrt()).add_scalar(epsilon);
+            let decayed = parameter.clone().mul_scalar(1.0 - learning_rate * weight_decay);
+            *parameter = decayed - (m.clone() / denominator).mul_scalar(learning_rate / correction1);
+            *moments = Moments { m, v };
+        }
+    }
+}
+
+/// Scales all gradients so that their common L2 norm is at most `max_norm` (`0` only measures), as
+/// `torch.nn.utils.clip_grad_norm_`. Returns the norm before clipping.
+pub fn clip_grad_norm(gradients: &mut [Tensor<2>], max_norm: f64) -> f64 {
+    // Summed on the host in a fixed order: a parallel sum could differ from run to run.
+    let squares = |g: &Tensor<2>| {
+        let data = g.to_data();
+        data.iter::<f32>().map(|v| f64::from(v) * f64::from(v)).sum::<f64>()
+    };
+    let norm = gradients.iter().map(squares).sum::<f64>().sqrt();
+    let factor = max_norm / (norm + 1e-6);
+    if max_norm > 0.0 && factor < 1.0 {
+        for gradient in gradients {
+            *gradient = gradient.clone().mul_scalar(factor);
+        }
+    }
+    norm
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Device, TensorData};
+
+    fn tensor(values: &[f32]) -> Tensor<2> {
+        Tensor::from_data(TensorData::new(values.to_vec(), [1, values.len()]), &Device::flex())
+    }
+
+    fn values(tensor: &Tensor<2>) -> Vec<f32> {
+        tensor.to_data().try_to_vec().expect("f32 tensor")
+    }
+
+    /// Three steps computed with torch 2 (`torch.optim.AdamW(lr=0.1, weight_decay=0.01)`) on p = [1, −2],
+    /// with gradients [0.5, −0.25], [0.1, 0.3], [−0.2, 0.05].
+    #[test]
+    fn three_steps_equal_torch() {
+        let mut parameter = tensor(&[1.0, -2.0]);
+        let mut adam = AdamW::new(AdamWConfig::default(), [&parameter]);
+        for gradient in [[0.5, -0.25], [0.1, 0.3], [-0.2, 0.05]] {
+            adam.step(0.1, vec![&mut parameter], vec![tensor(&gradient)]);
+        }
+        for (got, want) in values(&parameter).iter().zip([0.782_543_8_f32, -1.927_564_9]) {
+            assert!((got - want).abs() < 2e-6, "got {got}, want {want}");
+        }
+    }
+
+    #[test]
+    fn clipping_scales_all_gradients_by_their_common_norm() {
+        let mut gradients = vec![tensor(&[3.0, 0.0]), tensor(&[0.0, 4.0])];
+        let norm = clip_grad_norm(&mut gradients, 1.0);
+        assert!((norm - 5.0).abs() < 1e-6);
+        assert!((values(&gradients[0])[0] - 0.6).abs() < 1e-6);
+        assert!((values(&gradients[1])[1] - 0.8).abs() < 1e-6);
+    }
+
+    #[test]
+    fn short_gradients_and_a_limit_of_zero_change_nothing() {
+        for limit in [10.0, 0.0] {
+            let mut gradients = vec![tensor(&[3.0, 4.0])];
+            clip_grad_norm(&mut gradients, limit);
+            assert_eq!(values(&gradients[0]), [3.0, 4.0]);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! The folder of a run.
+//!
+//! ```text
+//! runs/NAME/
+//!   run.toml        the resolved recipe
+//!   plan.json       predicted memory, and measured after the run
+//!   metrics.jsonl   one object per optimizer step
+//!   loss.svg        the same as a picture
+//!   checkpoints/    step-000100/ …: what a resumed run needs
+//!   adapter/        the trained adapter, a PEFT folder; present once the run has finished
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::io;
+use crate::{StepMetrics, TrainError};
+
+/// Paths of a run folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunFolder {
+    root: PathBuf,
+}
+
+impl RunFolder {
+    /// The run folder at `root`, which need not exist.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved recipe.
+    pub fn recipe(&self) -> PathBuf {
+        self.root.join("run.toml")
+    }
+
+    /// Predicted and measured memory.
+    pub fn plan(&self) -> PathBuf {
+        self.root.join("plan.json")
+    }
+
+    /// One object per optimizer step.
+    pub fn metrics(&self) -> PathBuf {
+        self.root.join("metrics.jsonl")
+    }
+
+    /// The loss as a picture.
+    pub fn loss_svg(&self) -> PathBuf {
+        self.root.join("loss.svg")
+    }
+
+    /// The trained adapter.
+    pub fn adapter(&self) -> PathBuf {
+        self.root.join("adapter")
+    }
+
+    /// Parent of all checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// The run has written its adapter.
+    pub fn is_finished(&self) -> bool {
+        self.adapter().is_dir()
+    }
+
+    /// There is something here that a fresh run would mix with.
+    pub fn is_used(&self) -> bool {
+        self.metrics().exists() || self.checkpoints().is_dir() || self.is_finished()
+    }
+
+    /// Moves a used folder out of the way, to the first free `NAME.old-N`, and returns where it went.
+    pub fn set_aside(&self) -> Result<Option<PathBuf>, TrainError> {
+        if !self.is_used() {
+            return Ok(None);
+        }
+        let name = self.root.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let free = (1..)
+            .map(|n| self.root.with_file_name(format!("{name}.old-{n}")))
+            .find(|path| !path.exists())
+            .unwrap_or_default();
+        fs::rename(&self.root, &free).map_err(io("rename", &self.root))?;
+        Ok(Some(free))
+    }
+
+    /// All lines of `metrics.jsonl`; none when there is no such file.
+    pub fn read_metrics(&self) -> Result<Vec<StepMetrics>, TrainError> {
+        let path = self.metrics();
+        let Ok(file) = File::open(&path) else { return Ok(Vec::new()) };
+        let mut metrics = Vec::new();
+        for line in BufReader::new(file).lines() {
+            let line = line.map_err(io("read", &path))?;
+            // A run that was killed may leave half a line at the end; its step is not in any checkpoint.
+            match serde_json::from_str(&line) {
+                Ok(step) => metrics.push(step),
+                Err(_) => break,
+            }
+        }
+        Ok(metrics)
+    }
+}
+
+/// Writes a file so that its name holds either the old or the new content, whatever happens in between.
+pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), TrainError> {
+    let temporary = path.with_extension("partial");
+    let mut file = File::create(&temporary).map_err(io("create", &temporary))?;
+    file.write_all(content).map_err(io("write", &temporary))?;
+    file.sync_all().map_err(io("sync", &temporary))?;
+    fs::rename(&temporary, path).map_err(io("rename", path))
+}
+
+/// `metrics.jsonl`, open for appending.
+pub struct MetricsLog {
+    file: File,
+    path: PathBuf,
+}
+
+impl MetricsLog {
+    /// Opens the log and drops every line after `step`: those steps will be taken again.
+    pub fn open(folder: &RunFolder, step: usize) -> Result<Self, TrainError> {
+        let path = folder.metrics();
+        let kept: Vec<u8> = folder
+            .read_metrics()?
+            .iter()
+            .filter(|metrics| metrics.step <= step)
+            .flat_map(line)
+            .collect();
+        write_atomically(&path, &kept)?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(io("open", &path))?;
+        Ok(Self { file, path })
+    }
+
+    /// Appends one step.
+    pub fn push(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
+        self.file.write_all(&line(metrics)).map_err(io("write", &self.path))
+    }
+}
+
+fn line(metrics: &StepMetrics) -> Vec<u8> {
+    let mut line = serde_json::to_vec(metrics).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(step: usize) -> StepMetrics {
+        StepMetrics {
+            step,
+            epoch: 0.1,
+            loss: 2.5,
+            learning_rate: 1e-4,
+            grad_norm: 0.7,
+            tokens: 512,
+            trained_tokens: 100,
+            tokens_per_second: 200.0,
+            peak_memory_bytes: Some(1),
+            elapsed_s: 1.0,
+            val_loss: None,
+        }
+    }
+
+    #[test]
+    fn reopening_drops_later_steps_and_a_torn_last_line() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let folder = RunFolder::new(dir.path());
+        let mut log = MetricsLog::open(&folder, 0).expect("fresh log");
+        (1..=4).for_each(|n| log.push(&step(n)).expect("written"));
+        log.file.write_all(b"{\"step\": 5, \"ep").expect("torn line");
+        assert_eq!(folder.read_metrics().expect("readable").len(), 4);
+
+        let mut log = MetricsLog::open(&folder, 2).expect("reopened");
+        log.push(&step(3)).expect("written");
+        let steps: Vec<_> = folder.read_metrics().expect("readable").iter().map(|m| m.step).collect();
+        assert_eq!(steps, [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_used_folder_is_set_aside_and_never_overwritten() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let folder = RunFolder::new(dir.path().join("quick"));
+        assert_eq!(folder.set_aside().expect("nothing there"), None);
+        for n in 1..=2 {
+            fs::create_dir_all(folder.adapter()).expect("created");
+            let moved = folder.set_aside().expect("moved").expect("was used");
+            assert_eq!(moved, dir.path().join(format!("quick.old-{n}")));
+        }
+    }
+}
