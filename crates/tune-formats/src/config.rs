@@ -89,4 +89,123 @@ impl ModelConfig {
         let part = if matches!(name, "gate_proj" | "up_proj" | "down_proj") { "mlp" } else { "self_attn" };
         format!("model.layers.{layer}.{part}.{name}")
     }
+
+    /// The divisor of each rotary frequency `rope_theta^(-2j / head_dim)`, `j < head_dim / 2`, or `None` when
+    /// frequencies are not scaled. For llama 3.1 scaling these are the values of GGUF's `rope_freqs.weight`.
+    pub fn rope_factors(&self) -> Option<Vec<f32>> {
+        let pairs = self.head_dim / 2;
+        Some(match self.rope_scaling.as_ref()? {
+            RopeScaling::Factors(factors) => factors.clone(),
+            RopeScaling::Linear { factor } => vec![*factor as f32; pairs],
+            &RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => {
+                let context = original_max_position_embeddings as f64;
+                let divisor = |j: usize| {
+                    let frequency = self.rope_theta.powf(-2.0 * j as f64 / self.head_dim as f64);
+                    let wavelength = 2.0 * std::f64::consts::PI / frequency;
+                    if wavelength < context / high_freq_factor {
+                        1.0
+                    } else if wavelength > context / low_freq_factor {
+                        factor
+                    } else {
+                        let smooth =
+                            (context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        1.0 / ((1.0 - smooth) / factor + smooth)
+                    }
+                };
+                (0..pairs).map(|j| divisor(j) as f32).collect()
+            }
+        })
+    }
+
+    /// What makes the values unusable together.
+    pub(crate) fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let sizes = [
+            ("hidden size", self.hidden_size),
+            ("feed-forward size", self.intermediate_size),
+            ("number of attention heads", self.num_attention_heads),
+            ("number of key-value heads", self.num_key_value_heads),
+            ("head width", self.head_dim),
+            ("context length", self.max_position_embeddings),
+        ];
+        for (name, size) in sizes {
+            if size == 0 || size > MAX_SIZE {
+                problems.push(format!("the {name} is {size}, expected 1 to {MAX_SIZE}"));
+            }
+        }
+        if !(1..=MAX_LAYERS).contains(&self.num_hidden_layers) {
+            let layers = self.num_hidden_layers;
+            problems.push(format!("the number of layers is {layers}, expected 1 to {MAX_LAYERS}"));
+        }
+        let (q, kv) = (self.num_attention_heads, self.num_key_value_heads);
+        if kv != 0 && !q.is_multiple_of(kv) {
+            problems.push(format!("{q} attention heads are not a multiple of {kv} key-value heads"));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            problems.push(format!("the head width is {}, expected an even number", self.head_dim));
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            problems.push(format!("the epsilon of the norms is {}", self.rms_norm_eps));
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
+            problems.push(format!("the base of the rotary frequencies is {}", self.rope_theta));
+        }
+        problems
+    }
+}
+
+/// Larger sizes are damage, not models; products of two of them cannot overflow.
+const MAX_SIZE: usize = 1 << 28;
+/// More layers are damage; bounds the list of expected tensors.
+const MAX_LAYERS: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama_3_2_1b() -> ModelConfig {
+        ModelConfig {
+            architecture: Architecture::Llama,
+            vocab_size: 128_256,
+            hidden_size: 2048,
+            intermediate_size: 8192,
+            num_hidden_layers: 16,
+            num_attention_heads: 32,
+            num_key_value_heads: 8,
+            head_dim: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 500_000.0,
+            rope_scaling: Some(RopeScaling::Llama3 {
+                factor: 32.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 8192,
+            }),
+            max_position_embeddings: 131_072,
+            tie_word_embeddings: true,
+            attention_bias: false,
+        }
+    }
+
+    #[test]
+    fn llama3_scaling_leaves_short_waves_and_divides_long_ones() {
+        let factors = llama_3_2_1b().rope_factors().expect("scaled");
+        assert_eq!(factors.len(), 32);
+        assert_eq!(factors[0].to_bits(), 1.0_f32.to_bits());
+        assert_eq!(factors[31].to_bits(), 32.0_f32.to_bits());
+        assert!(factors.is_sorted());
+        assert!(factors.iter().any(|&factor| factor > 1.0 && factor < 32.0));
+    }
+
+    #[test]
+    fn contradictions_are_listed_together() {
+        let config = ModelConfig { num_key_value_heads: 5, head_dim: 63, hidden_size: 0, ..llama_3_2_1b() };
+        let problems = config.problems();
+        assert_eq!(problems.len(), 3, "{problems:?}");
+    }
 }
