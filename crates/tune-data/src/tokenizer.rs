@@ -1,0 +1,298 @@
+//! Text ↔ token ids, with the ids of the engine that will run the model.
+//!
+//! Built from `tokenizer.json`, or rebuilt from the tables of a GGUF file: byte-level BPE (`gpt2`), BPE over
+//! characters (`gemma4`) or SentencePiece (`llama`).
+//!
+//! Encoding never adds a token of its own, except in [`Tokenizer::encode_sequence`], the one place that puts
+//! BOS in front.
+
+use std::sync::OnceLock;
+
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::replace::Replace;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::tokenizer::SplitDelimiterBehavior;
+use tokenizers::{AddedToken, ModelWrapper};
+use tune_formats::{BaseModel, GgufTokenizer, SpecialTokens, TokenType, TokenizerFiles};
+
+use crate::DataError;
+use crate::pre_tokenizer::PreTokenizer;
+use crate::sentencepiece::{SPACE, SentencePiece};
+use crate::vocabulary::{Spelling, StreamDecoder, Vocabulary};
+
+/// Kinds of `tokenizer.ggml.model` that can be rebuilt.
+const SUPPORTED: &str = "gpt2, gemma4, llama";
+
+/// One token of a text and the bytes of the text that it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// First byte.
+    pub start: usize,
+    /// End, exclusive. Tokens that share one character have the same bytes; a token of its own has none.
+    pub end: usize,
+}
+
+/// The tokenizer of a model.
+pub struct Tokenizer {
+    engine: Engine,
+    /// The engine that reads control tokens as plain text; made when it is first asked for.
+    plain: OnceLock<Box<tokenizers::Tokenizer>>,
+    vocabulary: Vocabulary,
+    special: SpecialTokens,
+}
+
+enum Engine {
+    HuggingFace(Box<tokenizers::Tokenizer>),
+    SentencePiece(Box<SentencePiece>),
+}
+
+impl Tokenizer {
+    /// The tokenizer of an opened model.
+    ///
+    /// # Errors
+    /// A tokenizer that does not load or whose kind is not known.
+    pub fn from_base(base: &BaseModel) -> Result<Self, DataError> {
+        Self::new(&base.tokenizer, &base.special, &base.name)
+    }
+
+    /// The tokenizer described by `files`; `model` is its name in messages.
+    ///
+    /// # Errors
+    /// A tokenizer that does not load or whose kind is not known.
+    pub fn new(files: &TokenizerFiles, special: &SpecialTokens, model: &str) -> Result<Self, DataError> {
+        let (engine, vocabulary) = match files {
+            TokenizerFiles::Json { tokenizer_json, .. } => {
+                let invalid = |reason| DataError::TokenizerFile { path: tokenizer_json.clone(), reason };
+                let mut tokenizer = tokenizers::Tokenizer::from_file(tokenizer_json)
+                    .map_err(|error| invalid(error.to_string()))?;
+                encode_only(&mut tokenizer).map_err(invalid)?;
+                let vocabulary = Vocabulary::of(&tokenizer).map_err(invalid)?;
+                (Engine::HuggingFace(Box::new(tokenizer)), vocabulary)
+            }
+            TokenizerFiles::Gguf(tables) => from_gguf(tables, model)?,
+        };
+        Ok(Self { engine, plain: OnceLock::new(), vocabulary, special: special.clone() })
+    }
+
+    /// Token ids of `text`, without BOS or EOS.
+    ///
+    /// `special`: control tokens spelt out in the text, such as `<|im_end|>`, become their ids, as a rendered
+    /// chat template needs; otherwise they are ordinary text.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, DataError> {
+        Ok(self.tokens(text, special)?.into_iter().map(|token| token.id).collect())
+    }
+
+    /// Token ids of a text that begins a sequence: control tokens are recognised, and BOS goes in front if the
+    /// model's tokenizer adds one and the text does not begin with it.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn encode_sequence(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        Ok(self.sequence_tokens(text)?.into_iter().map(|token| token.id).collect())
+    }
+
+    /// [`Tokenizer::encode_sequence`] with the bytes of each token; an added BOS has none.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn sequence_tokens(&self, text: &str) -> Result<Vec<Token>, DataError> {
+        let mut tokens = self.tokens(text, true)?;
+        if let Some(bos) = self.special.bos.filter(|_| self.special.add_bos)
+            && tokens.first().is_none_or(|token| token.id != bos)
+        {
+            tokens.insert(0, Token { id: bos, start: 0, end: 0 });
+        }
+        Ok(tokens)
+    }
+
+    /// Text of `ids`, with control tokens spelt out. Bytes that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| self.vocabulary.bytes(*id)).copied().collect();
+        let bytes = self.vocabulary.without_prefix_space(&bytes);
+        String::from_utf8_lossy(bytes).into_owned()
+    }
+
+    /// Decodes tokens one by one as they are generated, leaving out control tokens.
+    pub fn stream(&self) -> StreamDecoder<'_> {
+        StreamDecoder::new(&self.vocabulary)
+    }
+
+    /// Bytes that a token stands for; empty for an id outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.vocabulary.bytes(id)
+    }
+
+    /// The token has a role in the sequence rather than text of its own: `<|im_end|>`, `</s>`, …
+    pub fn is_control(&self, id: u32) -> bool {
+        self.vocabulary.is_control(id)
+    }
+
+    /// Number of ids. The model's embedding may have more rows.
+    pub fn len(&self) -> usize {
+        self.vocabulary.len()
+    }
+
+    /// There is no token at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The ids with a role of their own.
+    pub fn special(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// Spelling of a special token as a chat template writes it.
+    pub fn spelling(&self, id: Option<u32>) -> Option<String> {
+        id.map(|id| String::from_utf8_lossy(self.vocabulary.bytes(id)).into_owned())
+    }
+
+    fn tokens(&self, text: &str, special: bool) -> Result<Vec<Token>, DataError> {
+        let tokenizer = match &self.engine {
+            Engine::SentencePiece(engine) => return Ok(engine.encode(text, special)),
+            Engine::HuggingFace(engine) if special => engine,
+            Engine::HuggingFace(engine) => self.plain.get_or_init(|| {
+                let mut plain = engine.clone();
+                plain.set_encode_special_tokens(true);
+                plain
+            }),
+        };
+        let encoding =
+            tokenizer.encode(text, false).map_err(|error| DataError::Encode { reason: error.to_string() })?;
+        let offsets = encoding.get_offsets();
+        let ids = encoding.get_ids();
+        Ok(ids.iter().zip(offsets).map(|(&id, &(start, end))| Token { id, start, end }).collect())
+    }
+}
+
+/// Strips what would change ids or offsets: BOS and EOS come from [`Tokenizer::encode_sequence`] alone, and
+/// `trim_offsets` of a byte-level post-processor would hide the space in front of a word.
+fn encode_only(tokenizer: &mut tokenizers::Tokenizer) -> Result<(), String> {
+    tokenizer.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
+    match tokenizer.get_model() {
+        ModelWrapper::BPE(bpe) => {
+            let unknown = bpe.get_unk_token().clone();
+            match unknown.filter(|token| tokenizer.token_to_id(token).is_none()) {
+                Some(token) => Err(format!("its unknown token {token:?} is not in the vocabulary")),
+                None => Ok(()),
+            }
+        }
+        ModelWrapper::Unigram(_) => Ok(()),
+        ModelWrapper::WordPiece(_) | ModelWrapper::WordLevel(_) => {
+            Err("a word-piece or word-level model, expected BPE or Unigram".to_owned())
+        }
+    }
+}
+
+fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary), DataError> {
+    let invalid = |reason| DataError::TokenizerTables { model: model.to_owned(), reason };
+    if tables.token_types.len() != tables.tokens.len() {
+        let (types, tokens) = (tables.token_types.len(), tables.tokens.len());
+        return Err(invalid(format!("{types} token types for {tokens} tokens")));
+    }
+    let byte_level = match tables.model.as_str() {
+        "gpt2" => tables.pre.as_deref() != Some("gemma4"),
+        "gemma4" => false,
+        "llama" => {
+            let name = model.to_lowercase();
+            let phi3 = name.contains("phi-3") || name.contains("phi3");
+            let engine = SentencePiece::from_gguf(tables, phi3).map_err(invalid)?;
+            let vocabulary = Vocabulary::from_gguf(tables, Spelling::SentencePiece);
+            return Ok((Engine::SentencePiece(Box::new(engine)), vocabulary));
+        }
+        kind => {
+            return Err(DataError::UnknownTokenizer {
+                model: model.to_owned(),
+                kind: kind.to_owned(),
+                supported: SUPPORTED,
+            });
+        }
+    };
+    let tokenizer = if byte_level {
+        let name = tables.pre.as_deref().unwrap_or("default");
+        let pre = PreTokenizer::named(name).ok_or_else(|| DataError::UnknownPreTokenizer {
+            model: model.to_owned(),
+            name: name.to_owned(),
+            known: PreTokenizer::known(),
+        })?;
+        byte_level_bpe(tables, pre)
+    } else {
+        character_bpe(tables)
+    };
+    let tokenizer = tokenizer.map_err(|error| invalid(error.to_string()))?;
+    let spelling = if byte_level { Spelling::ByteLevel } else { Spelling::SentencePiece };
+    Ok((Engine::HuggingFace(Box::new(tokenizer)), Vocabulary::from_gguf(tables, spelling)))
+}
+
+/// GPT-2's BPE over bytes spelt as characters.
+fn byte_level_bpe(tables: &GgufTokenizer, pre: &PreTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab(tables)?, merges(tables)?)
+        .ignore_merges(pre.ignore_merges)
+        .build()?;
+    let mut tokenizer = tokenizers::Tokenizer::new(bpe);
+    tokenizer.with_pre_tokenizer(Some(pre.build()?));
+    tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(
+        tokenizers::decoders::byte_level::ByteLevel::default(),
+    )));
+    add_special(&mut tokenizer, tables)?;
+    Ok(tokenizer)
+}
+
+/// Gemma 4's BPE over characters, with `▁` for a space and byte tokens for what is not in the vocabulary.
+fn character_bpe(tables: &GgufTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let mut builder =
+        BPE::builder().vocab_and_merges(vocab(tables)?, merges(tables)?).byte_fallback(true).fuse_unk(true);
+    if let Some(unknown) = tables.unk.and_then(|id| tables.tokens.get(id as usize)) {
+        builder = builder.unk_token(unknown.clone());
+    }
+    let mut tokenizer = tokenizers::Tokenizer::new(builder.build()?);
+    tokenizer.with_normalizer(Some(Replace::new(" ", SPACE.to_string())?))?;
+    let lines = SplitPattern::Regex(r"[^\n]+|[\n]+".to_owned());
+    tokenizer.with_pre_tokenizer(Some(Split::new(lines, SplitDelimiterBehavior::Isolated, false)?));
+    add_special(&mut tokenizer, tables)?;
+    Ok(tokenizer)
+}
+
+fn vocab(tables: &GgufTokenizer) -> tokenizers::Result<Vocab> {
+    let mut vocab = Vocab::with_capacity(tables.tokens.len());
+    for (id, text) in tables.tokens.iter().enumerate() {
+        if let Some(other) = vocab.insert(text.clone(), id as u32) {
+            return Err(format!("tokens {other} and {id} have the same text {text:?}").into());
+        }
+    }
+    Ok(vocab)
+}
+
+/// `left right`, separated by the first space that is not the very first character.
+fn merges(tables: &GgufTokenizer) -> tokenizers::Result<Vec<(String, String)>> {
+    let split = |(index, merge): (usize, &String)| {
+        let first = merge.chars().next().map_or(0, char::len_utf8);
+        let space = merge[first..]
+            .find(' ')
+            .ok_or_else(|| format!("merge {index} is {merge:?}, expected two parts"))?;
+        Ok((merge[..first + space].to_owned(), merge[first + space + 1..].to_owned()))
+    };
+    tables.merges.iter().enumerate().map(split).collect()
+}
+
+fn add_special(tokenizer: &mut tokenizers::Tokenizer, tables: &GgufTokenizer) -> tokenizers::Result<()> {
+    let added = tables.tokens.iter().zip(&tables.token_types).filter_map(|(text, kind)| {
+        let special = match kind {
+            TokenType::Control | TokenType::Unknown => true,
+            TokenType::UserDefined => false,
+            TokenType::Normal | TokenType::Unused | TokenType::Byte => return None,
+        };
+        (!text.is_empty()).then(|| AddedToken::from(text.clone(), special).normalized(false))
+    });
+    tokenizer.add_tokens(added.collect::<Vec<_>>())?;
+    Ok(())
+}
