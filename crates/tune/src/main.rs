@@ -1,2 +1,39 @@
 //! Fine-tune local language models on hardware you own.
-fn main() {}
+//!
+//! Each command is one file in `commands/`: its arguments and what it does. Data goes to standard output, everything
+//! else to standard error.
+
+mod commands;
+mod download;
+mod exit;
+mod model;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(
+    name = "tune",
+    version,
+    about = "Fine-tune local language models on hardware you own",
+    after_help = "Start with:\n  tune train recipes/quickstart.toml\n\nExit codes: 0 ok, 1 failed, 2 usage or bad recipe, \
+                  3 does not fit in memory, 4 bad data, 5 export failed verification, 130 interrupted and saved"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: commands::Command,
+}
+
+fn main() -> ExitCode {
+    tune_kernels::tune_allocator();
+    let cli = Cli::parse();
+    match commands::run(cli.command) {
+        Ok(code) => code,
+        Err(report) => {
+            let code = exit::code_of(&report);
+            eprintln!("{report:?}");
+            code
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! One file per command.
+
+mod chat;
+mod data;
+mod eval;
+mod export;
+mod generate;
+mod logits;
+mod plan;
+mod pull;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+/// What to do.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train an adapter as a recipe says
+    Train(train::Args),
+    /// Tell how much memory a run needs, without running it
+    Plan(plan::Args),
+    /// Fetch a model and print where it is
+    Pull(pull::Args),
+    /// Show what a recipe's data becomes: counts, lengths, and which tokens are trained
+    Data(data::Args),
+    /// Continue or answer a prompt
+    Generate(generate::Args),
+    /// Talk to a model
+    Chat(chat::Args),
+    /// Measure loss and perplexity on a JSONL file
+    Eval(eval::Args),
+    /// Write a trained run as GGUF, safetensors or PEFT
+    Export(export::Args),
+    /// Write the logits of given token ids, to compare engines
+    #[command(hide = true)]
+    Logits(logits::Args),
+}
+
+/// Runs one command.
+pub fn run(command: Command) -> miette::Result<ExitCode> {
+    match command {
+        Command::Train(args) => train::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Pull(args) => pull::run(&args),
+        Command::Data(args) => data::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Logits(args) => logits::run(&args),
+    }
+}

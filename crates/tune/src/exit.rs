@@ -1,0 +1,67 @@
+//! Exit codes. Scripts rely on them.
+
+use std::process::ExitCode;
+
+use miette::{Diagnostic, Report};
+use thiserror::Error;
+use tune_data::DataError;
+use tune_export::ExportError;
+use tune_recipe::RecipeError;
+
+/// Bad arguments or a bad recipe, as clap.
+pub const USAGE: u8 = 2;
+/// The run does not fit in memory.
+pub const DOES_NOT_FIT: u8 = 3;
+/// The rows cannot be trained on.
+pub const BAD_DATA: u8 = 4;
+/// An exported file differs from what was trained.
+pub const NOT_VERIFIED: u8 = 5;
+/// Stopped by Ctrl-C, after saving. 128 + SIGINT.
+pub const INTERRUPTED: u8 = 130;
+
+/// Something on the command line that clap cannot check.
+#[derive(Debug, Error, Diagnostic)]
+#[error("{message}")]
+pub struct UsageError {
+    /// What is wrong.
+    pub message: String,
+    /// What to do instead.
+    #[help]
+    pub help: String,
+}
+
+impl UsageError {
+    /// A report of wrong usage.
+    pub fn report(message: impl Into<String>, help: impl Into<String>) -> Report {
+        Self { message: message.into(), help: help.into() }.into()
+    }
+}
+
+/// A plan that exceeds its budget.
+#[derive(Debug, Error, Diagnostic)]
+#[error("the run needs {needed} and may use {budget}")]
+pub struct DoesNotFit {
+    /// Estimated peak, for people.
+    pub needed: String,
+    /// What it may use, for people.
+    pub budget: String,
+    /// What to change.
+    #[help]
+    pub help: String,
+}
+
+/// The exit code of an error that reached `main`.
+pub fn code_of(report: &Report) -> ExitCode {
+    let code = if report.is::<RecipeError>() || report.is::<UsageError>() {
+        USAGE
+    } else if report.is::<DoesNotFit>() {
+        DOES_NOT_FIT
+    } else if report.is::<DataError>() {
+        BAD_DATA
+    } else if report.downcast_ref::<ExportError>().is_some_and(ExportError::is_verification) {
+        NOT_VERIFIED
+    } else {
+        1
+    };
+    ExitCode::from(code)
+}

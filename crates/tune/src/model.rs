@@ -1,0 +1,84 @@
+//! A model opened for use: from a reference or a run folder, with an adapter if there is one.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
+use tune_formats::{BaseModel, peft};
+use tune_hub::ModelRef;
+use tune_models::{Llama, Quantization};
+use tune_train::RunFolder;
+
+use crate::download;
+
+/// Which model to use.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Alias, directory, .gguf file, ollama:NAME, hf:OWNER/REPO, or the folder of a run
+    pub model: String,
+    /// PEFT adapter folder to put over the model
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+/// A model ready to run.
+pub struct Opened {
+    /// Its files.
+    pub base: BaseModel,
+    /// Text ↔ ids.
+    pub tokenizer: Tokenizer,
+    /// The network, with its adapter.
+    pub model: Llama,
+}
+
+/// Opens the model that `args` name.
+pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
+    let run = RunFolder::new(&args.model);
+    let (reference, adapter, quantization) = if run.recipe().is_file() {
+        let spec = tune_recipe::load(&run.recipe(), &[])?;
+        let adapter = args.adapter.clone().unwrap_or_else(|| run.adapter());
+        (spec.model.base.clone(), Some(adapter), quantization(&spec))
+    } else {
+        (args.model.clone(), args.adapter.clone(), Quantization::Keep)
+    };
+    let (base, model) = load(&reference, quantization, adapter.as_deref())?;
+    let tokenizer = Tokenizer::from_base(&base)?;
+    Ok(Opened { base, tokenizer, model })
+}
+
+/// How a run holds its frozen weights.
+pub fn quantization(spec: &tune_recipe::RunSpec) -> Quantization {
+    match spec.model.quantization {
+        tune_recipe::spec::Quantization::Nf4 => Quantization::Nf4,
+        tune_recipe::spec::Quantization::Keep | tune_recipe::spec::Quantization::None => Quantization::Keep,
+    }
+}
+
+fn load(
+    reference: &str,
+    quantization: Quantization,
+    adapter: Option<&Path>,
+) -> miette::Result<(BaseModel, Llama)> {
+    let resolved = download::resolve(&ModelRef::parse(reference)?, false)?;
+    let base = tune_formats::open(&resolved.path)?;
+    let mut model = tune_models::load(&base, quantization, &Device::flex())?;
+    if let Some(path) = adapter {
+        let adapter = peft::read(path)?;
+        adapter.check_base(&base)?;
+        model.attach_weights(&adapter, 0.0)?;
+    }
+    Ok((base, model))
+}
+
+impl Opened {
+    /// The model's chat template.
+    pub fn template(&self) -> miette::Result<ChatTemplate> {
+        Ok(ChatTemplate::from_base(&self.base, &self.tokenizer, Clock::Now)?)
+    }
+
+    /// Ids of a conversation that waits for the assistant's answer.
+    pub fn chat_ids(&self, template: &ChatTemplate, messages: &[Message]) -> miette::Result<Vec<u32>> {
+        let text = template.render(messages, None, true)?;
+        Ok(self.tokenizer.encode_sequence(&text)?)
+    }
+}
