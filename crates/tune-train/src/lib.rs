@@ -1,5 +1,6 @@
 //! Supervised fine-tuning. [`sft`] is the run, read top to bottom; the other files are what it is made of.
 
+mod adapter;
 mod checkpoint;
 mod error;
 mod event;
@@ -11,6 +12,7 @@ mod schedule;
 mod sft;
 mod steps;
 
+pub use adapter::{adapt, parameters};
 pub use error::TrainError;
 pub use event::{Event, StepMetrics};
 pub use gradients::loss_and_gradients;

@@ -1,0 +1,315 @@
+//! Supervised fine-tuning: the run, from the opened base to the trained adapter.
+//!
+//! Loss of a step: Σ −log p(target) over all its micro-batches, divided by all its trained tokens — not the mean
+//! of the micro-batches' means, which would weigh short ones more.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::tensor::{Device, Tensor};
+use tune_adapters::{Dropout, LoraConfig, Targets};
+use tune_data::{Batcher, MicroBatch};
+use tune_eval::{Evaluation, evaluate};
+use tune_formats::{BaseModel, peft};
+use tune_models::{Llama, Quantization};
+use tune_recipe::{Layers, RunSpec, TargetModules};
+
+use crate::checkpoint::{self, State};
+use crate::run_folder::MetricsLog;
+use crate::steps::{Step, steps};
+use crate::{
+    AdamW, AdamWConfig, Event, RunFolder, Schedule, StepMetrics, TrainError, clip_grad_norm,
+    loss_and_gradients, peak_memory_bytes,
+};
+
+/// What a run needs.
+pub struct Setup<'a> {
+    /// The resolved recipe.
+    pub spec: &'a RunSpec,
+    /// The opened base.
+    pub base: &'a BaseModel,
+    /// Rows to train on.
+    pub train: Batcher,
+    /// Rows held out; may have none.
+    pub validation: Batcher,
+    /// Identity of the rows, part of what a checkpoint must agree with.
+    pub data_digest: String,
+    /// Where everything is written.
+    pub folder: RunFolder,
+    /// The checkpoint to go on from.
+    pub resume_from: Option<PathBuf>,
+    /// Set from outside to save and stop.
+    pub stop: &'a AtomicBool,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The adapter is in the run folder.
+    Completed,
+    /// Stopped from outside; a checkpoint is saved.
+    Interrupted,
+}
+
+/// A run that ended without an error.
+pub struct Outcome {
+    /// How it ended.
+    pub finish: Finish,
+    /// Optimizer steps taken.
+    pub steps: usize,
+    /// The model with its adapters.
+    pub model: Llama,
+}
+
+/// Trains adapters over a frozen base.
+pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
+    let Setup { spec, folder, .. } = setup;
+    let device = Device::flex();
+
+    // Load and adapt.
+    let quantization = match spec.model.quantization {
+        tune_recipe::Quantization::Nf4 => Quantization::Nf4,
+        tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
+    };
+    let mut model = tune_models::load(setup.base, quantization, &device)?;
+    adapt(&mut model, spec)?;
+
+    // Data.
+    let steps = steps(&setup.train, &spec.train);
+    let held_out: Vec<MicroBatch> =
+        setup.validation.epoch(0).iter().map(|plan| setup.validation.micro_batch(plan)).collect();
+
+    // Optimiser, and where an earlier run left everything.
+    let schedule = Schedule::new(
+        spec.train.lr_scheduler,
+        spec.train.learning_rate,
+        spec.train.warmup_ratio,
+        steps.len(),
+    );
+    let mut state = State { settings: settings(setup)?, ..State::default() };
+    let mut adam = AdamW::new(adamw_config(spec), parameters(&mut model).iter().map(|(_, p)| &**p));
+    if let Some(path) = &setup.resume_from {
+        (adam, state) = resume(setup, path, &mut model, state.settings)?;
+    }
+    let mut saved_at = setup.resume_from.as_ref().map(|_| state.step);
+    let mut log = MetricsLog::open(folder, state.step)?;
+    on_event(Event::Started {
+        total_steps: steps.len(),
+        resumed_from: state.step,
+        trainable_parameters: parameters(&mut model).iter().map(|(_, p)| p.shape().num_elements()).sum(),
+        base_parameters: setup.base.config.parameters(),
+    });
+
+    // Loop.
+    let mut finish = Finish::Completed;
+    while state.step < steps.len() {
+        let started = Instant::now();
+        let number = state.step + 1;
+        let Some(batch) = accumulate(setup, &model, &steps[state.step], number) else {
+            finish = Finish::Interrupted;
+            break;
+        };
+        if !batch.loss.is_finite() {
+            return Err(TrainError::Diverged { step: number, loss: batch.loss });
+        }
+        let mut gradients = batch.gradients;
+        let grad_norm = clip_grad_norm(&mut gradients, spec.train.max_grad_norm);
+        let learning_rate = schedule.learning_rate(number);
+        if !gradients.is_empty() {
+            let parameters = parameters(&mut model).into_iter().map(|(_, parameter)| parameter).collect();
+            adam.step(learning_rate, parameters, gradients);
+        }
+        state.step = number;
+        let seconds = started.elapsed().as_secs_f64();
+
+        let due = spec.eval.eval_steps > 0 && number.is_multiple_of(spec.eval.eval_steps);
+        let val_loss = (due || number == steps.len()).then(|| validate(&model, &held_out)).flatten();
+        state.elapsed_s += started.elapsed().as_secs_f64();
+        let metrics = StepMetrics {
+            step: number,
+            epoch: steps[number - 1].epoch,
+            loss: batch.loss,
+            learning_rate,
+            grad_norm,
+            tokens: batch.tokens,
+            trained_tokens: batch.trained_tokens,
+            tokens_per_second: batch.tokens as f64 / seconds,
+            peak_memory_bytes: peak_memory_bytes(),
+            elapsed_s: state.elapsed_s,
+            val_loss,
+        };
+        log.push(&metrics)?;
+        on_event(Event::Step(metrics));
+
+        let exhausted = track_validation(&mut state, val_loss, spec.eval.early_stopping_patience);
+        if spec.checkpoint.save_steps > 0 && number.is_multiple_of(spec.checkpoint.save_steps) {
+            let path = save(setup, &state, &mut model, &adam)?;
+            saved_at = Some(number);
+            on_event(Event::Saved { path });
+        }
+        if exhausted && number < steps.len() {
+            on_event(Event::StoppedEarly { step: number });
+            break;
+        }
+    }
+
+    // Save.
+    if saved_at != Some(state.step) && state.step > 0 {
+        let path = save(setup, &state, &mut model, &adam)?;
+        on_event(Event::Saved { path });
+    }
+    if finish == Finish::Completed {
+        let adapter = trained_adapter(setup, &mut model)?;
+        peft::write(&folder.adapter(), &adapter)?;
+    }
+    Ok(Outcome { finish, steps: state.step, model })
+}
+
+/// Gradient of one optimizer step and what went into it.
+struct StepBatch {
+    loss: f64,
+    gradients: Vec<Tensor<2>>,
+    tokens: usize,
+    trained_tokens: usize,
+}
+
+/// Sums the gradients of a step's micro-batches; `None` when the run is to stop.
+fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> Option<StepBatch> {
+    let micro_batches: Vec<MicroBatch> =
+        step.micro_batches.iter().map(|plan| setup.train.micro_batch(plan)).collect();
+    let mut sum = StepBatch {
+        loss: 0.0,
+        gradients: Vec::new(),
+        tokens: micro_batches.iter().map(MicroBatch::tokens).sum(),
+        trained_tokens: micro_batches.iter().map(MicroBatch::trained_tokens).sum(),
+    };
+    let scale = 1.0 / sum.trained_tokens.max(1) as f64;
+    for (index, micro_batch) in micro_batches.iter().enumerate() {
+        if setup.stop.load(Ordering::Relaxed) {
+            return None;
+        }
+        let dropout = Some(Dropout { key: dropout_key(setup.spec.train.seed, number, index) });
+        let checkpointing = setup.spec.train.gradient_checkpointing;
+        let (loss, gradients) = loss_and_gradients(model, micro_batch, scale, checkpointing, dropout);
+        sum.loss += loss;
+        if sum.gradients.is_empty() {
+            sum.gradients = gradients;
+        } else {
+            for (total, gradient) in sum.gradients.iter_mut().zip(gradients) {
+                *total = total.clone() + gradient;
+            }
+        }
+    }
+    Some(sum)
+}
+
+/// Mean loss over the held-out rows; `None` when there are none.
+fn validate(model: &Llama, held_out: &[MicroBatch]) -> Option<f64> {
+    let mut total = Evaluation::default();
+    held_out.iter().for_each(|micro_batch| total += evaluate(model, micro_batch));
+    (total.tokens > 0).then(|| total.loss())
+}
+
+/// Counts validations without a new lowest loss; true when patience is exhausted.
+fn track_validation(state: &mut State, val_loss: Option<f64>, patience: Option<usize>) -> bool {
+    let Some(val_loss) = val_loss else { return false };
+    if state.best_val_loss.is_none_or(|best| val_loss < best) {
+        state.best_val_loss = Some(val_loss);
+        state.validations_without_progress = 0;
+    } else {
+        state.validations_without_progress += 1;
+    }
+    patience.is_some_and(|patience| state.validations_without_progress >= patience)
+}
+
+fn save(
+    setup: &Setup<'_>,
+    state: &State,
+    model: &mut Llama,
+    adam: &AdamW,
+) -> Result<PathBuf, TrainError> {
+    let adapter = trained_adapter(setup, model)?;
+    let names = parameters(model).into_iter().map(|(name, _)| name);
+    let moments: Vec<_> = names.zip(adam.moments()).collect();
+    checkpoint::save(&setup.folder, state, &adapter, &moments, setup.spec.checkpoint.save_total_limit)
+}
+
+/// Restores adapters and optimiser from a checkpoint of the same run.
+fn resume(
+    setup: &Setup<'_>,
+    path: &PathBuf,
+    model: &mut Llama,
+    settings: BTreeMap<String, String>,
+) -> Result<(AdamW, State), TrainError> {
+    let mut checkpoint = checkpoint::load(path, model.device())?;
+    let differences = differences(&checkpoint.state.settings, &settings);
+    if !differences.is_empty() {
+        return Err(TrainError::OtherRun { folder: setup.folder.root().to_path_buf(), differences });
+    }
+    model.attach_weights(&checkpoint.adapter, setup.spec.adapter.lora_dropout)?;
+    let missing = |name: &str| TrainError::Checkpoint {
+        path: path.clone(),
+        reason: format!("no optimizer state for {name}"),
+    };
+    let moments = parameters(model)
+        .into_iter()
+        .map(|(name, _)| checkpoint.moments.remove(&name).ok_or_else(|| missing(&name)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let adam = AdamW::resume(adamw_config(setup.spec), checkpoint.state.step as u64, moments);
+    Ok((adam, checkpoint.state))
+}
+
+/// Every setting that decides the course of a run. Where files are written, how often it is saved and what is
+/// printed may change when a run is resumed; these may not.
+fn settings(setup: &Setup<'_>) -> Result<BTreeMap<String, String>, TrainError> {
+    const FREE: [&str; 3] = ["model.base", "train.logging_steps", "train.gradient_checkpointing"];
+    let spec = setup.spec;
+    let sections = [
+        ("model", serde_json::to_value(&spec.model)),
+        ("adapter", serde_json::to_value(&spec.adapter)),
+        ("data_options", serde_json::to_value(&spec.data_options)),
+        ("train", serde_json::to_value(&spec.train)),
+    ];
+    let mut settings = BTreeMap::new();
+    for (section, values) in sections {
+        for (key, value) in values.iter().filter_map(serde_json::Value::as_object).flatten() {
+            settings.insert(format!("{section}.{key}"), value.to_string());
+        }
+    }
+    settings.retain(|key, _| !FREE.contains(&key.as_str()));
+    settings.insert("base".into(), setup.base.digest()?);
+    settings.insert("data".into(), setup.data_digest.clone());
+    Ok(settings)
+}
+
+fn differences(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    let keys: std::collections::BTreeSet<_> = saved.keys().chain(now.keys()).collect();
+    let value = |map: &BTreeMap<String, String>, key| map.get(key).cloned().unwrap_or_else(|| "absent".into());
+    keys.into_iter()
+        .filter(|key| saved.get(*key) != now.get(*key))
+        .map(|key| format!("{key}: {} in the checkpoint, {} now", value(saved, key), value(now, key)))
+        .collect()
+}
+
+fn adamw_config(spec: &RunSpec) -> AdamWConfig {
+    AdamWConfig {
+        beta1: spec.train.adam_beta1,
+        beta2: spec.train.adam_beta2,
+        epsilon: spec.train.adam_epsilon,
+        weight_decay: spec.train.weight_decay,
+    }
+}
+
+/// SplitMix64 over seed, step and micro-batch (Steele et al. 2014).
+fn dropout_key(seed: u64, step: usize, index: usize) -> u64 {
+    let mut key = seed;
+    for part in [step as u64, index as u64] {
+        key = key.wrapping_add(part).wrapping_add(0x9E37_79B9_7F4A_7C15);
+        key = (key ^ (key >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        key = (key ^ (key >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        key ^= key >> 31;
+    }
+    key
+}
