@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::origin::Origins;
 use crate::values::{Budget, Layers, Resume, TargetModules};
 
 /// A run with every value resolved.
@@ -33,6 +34,10 @@ pub struct RunSpec {
     pub export: Export,
     /// `[samples]`
     pub samples: Samples,
+    /// Where each value comes from.
+    pub origins: Origins,
+    /// What the user should hear about how the recipe was read, one sentence each.
+    pub notes: Vec<String>,
 }
 
 /// `[run]`: what the run is called and where it is written.
