@@ -234,12 +234,12 @@ pub enum FormatError {
 
     /// The shapes of an adapter do not fit the base.
     #[error("adapter was trained on a different base\n  {}", listed(problems))]
-    #[diagnostic(help("pass --base {trained_on}"))]
     OtherBase {
-        /// The base that the adapter names.
-        trained_on: String,
         /// Every mismatch.
         problems: Vec<TensorProblem>,
+        /// The base that the adapter names.
+        #[help]
+        help: String,
     },
 
     /// Something that a format cannot express, asked of a writer.
@@ -334,7 +334,7 @@ mod tests {
                 found: Some(vec![16, 2048]),
             })
             .collect();
-        let text = FormatError::OtherBase { trained_on: "a/b".into(), problems }.to_string();
+        let text = FormatError::OtherBase { problems, help: String::new() }.to_string();
         assert!(text.contains("layers.9.q_proj.lora_A: expected [16, 1024], got [16, 2048]"), "{text}");
         assert!(text.ends_with("(and 47 more)"), "{text}");
     }

@@ -12,6 +12,8 @@ mod error;
 pub mod gguf;
 pub mod hf;
 mod mapped;
+pub mod modelfile;
+pub mod peft;
 pub mod safetensors;
 mod tokenizer;
 mod weights;
