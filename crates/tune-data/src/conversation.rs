@@ -86,6 +86,12 @@ impl Message {
         self.fields.get(field)
     }
 
+    /// The same, kept out of the loss.
+    pub(crate) fn untrained(mut self) -> Self {
+        self.weight = false;
+        self
+    }
+
     /// An assistant turn that may be trained on.
     pub(crate) fn is_target(&self) -> bool {
         self.role() == "assistant" && self.weight

@@ -1,15 +1,33 @@
 //! JSONL to packed, masked token batches: chat template, tokenizer, loss mask, packing.
+//!
+//! [`load`] reads files into [`Sample`]s; a [`Batcher`] puts them together into [`MicroBatch`]es without padding.
+//! [`Tokenizer`] and [`ChatTemplate`] come from the model itself and serve generation as well.
 
+mod batch;
 mod chat_template;
 mod conversation;
 mod error;
+mod format;
+mod load;
+mod mask;
+mod pack;
 mod pre_tokenizer;
+mod preview;
+mod report;
+mod sample;
 mod sentencepiece;
 mod tokenizer;
 mod vocabulary;
 
+pub use batch::{BatchOptions, BatchPlan, Batcher, IGNORED, MicroBatch};
 pub use chat_template::{ChatTemplate, Clock, Rendered};
 pub use conversation::{Conversation, Message};
 pub use error::{DataError, LISTED_ROWS, RowProblem};
+pub use format::Format;
+pub use load::{DataSource, Dataset, LoadOptions, Origin, Overlong, load};
+pub use mask::TrainOn;
+pub use preview::{PreviewSpan, preview};
+pub use report::{Bucket, Report, SourceReport};
+pub use sample::Sample;
 pub use tokenizer::{Token, Tokenizer};
 pub use vocabulary::StreamDecoder;
