@@ -24,7 +24,7 @@ quickstart *args:
 
 # Compare with a real llama.cpp over a real model.
 e2e:
-    tests/e2e/setup.sh
+    tests/e2e/setup.sh --with-model
     cargo test -p tune --test e2e
 
 # The whole pipeline, as on a fresh clone.
