@@ -1,9 +1,9 @@
 //! Recipe as written → [`RunSpec`] as run: TOML, aliases, overrides, validation.
 //!
-//! The structs in [`spec`] alone hold each option's name, type, default and meaning. [`load`] reads a file and
-//! the values given on the command line into a [`RunSpec`] in which nothing is left unresolved, or reports
-//! every problem it found at once. What can only be chosen well once the base model is known is chosen again by
-//! [`RunSpec::refine`].
+//! The section structs ([`Train`], [`Adapter`] …) alone hold each option's name, type, default and meaning.
+//! [`load`] reads a file and the values given on the command line into a [`RunSpec`] in which nothing is left
+//! unresolved, or reports every problem it found at once. What can only be chosen well once the base model is
+//! known is chosen again by [`RunSpec::refine`].
 
 mod check;
 mod derive;
@@ -12,8 +12,8 @@ mod names;
 mod origin;
 mod read;
 mod resolved;
-pub mod spec;
-pub mod values;
+mod spec;
+mod values;
 
 pub use derive::BaseFacts;
 pub use error::{Problem, RecipeError};
@@ -21,4 +21,8 @@ pub use names::sections;
 pub use origin::{Origin, Origins};
 pub use read::{Override, load, parse};
 pub use resolved::Line;
-pub use spec::RunSpec;
+pub use spec::{
+    Adapter, Checkpoint, Data, DataFormat, DataOptions, Dtype, Eval, Export, LrScheduler, Memory, Method,
+    Model, OnExceed, Overlong, Quantization, Run, RunSpec, Samples, Train, TrainOn, Verify,
+};
+pub use values::{Budget, Layers, Resume, TargetModules, parse_bytes};

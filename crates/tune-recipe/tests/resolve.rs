@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use tune_recipe::spec::{Method, Quantization};
-use tune_recipe::values::{Budget, Layers, Resume, TargetModules};
 use tune_recipe::{BaseFacts, Origin, Override, RunSpec, parse};
+use tune_recipe::{Budget, Layers, Resume, TargetModules};
+use tune_recipe::{Method, Quantization};
 
 const SMALLEST: &str = "[model]\nbase = \"smollm2:135m\"\n[[data]]\npath = \"d.jsonl\"\n";
 

@@ -49,8 +49,8 @@ pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
 /// How a run holds its frozen weights.
 pub fn quantization(spec: &tune_recipe::RunSpec) -> Quantization {
     match spec.model.quantization {
-        tune_recipe::spec::Quantization::Nf4 => Quantization::Nf4,
-        tune_recipe::spec::Quantization::Keep | tune_recipe::spec::Quantization::None => Quantization::Keep,
+        tune_recipe::Quantization::Nf4 => Quantization::Nf4,
+        tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
     }
 }
 
