@@ -129,7 +129,7 @@ impl Llama {
                 }
                 let config = LoraConfig {
                     rank: lora.r,
-                    alpha: adapter.config.alpha_for(&path),
+                    alpha: adapter.config.lora_alpha,
                     use_rslora: adapter.config.use_rslora,
                     dropout,
                 };
@@ -140,6 +140,15 @@ impl Llama {
         }
         mismatches.extend(unknown.into_iter().map(|path| format!("{path}: no such layer in the base")));
         if mismatches.is_empty() { Ok(()) } else { Err(ModelError::Adapter { mismatches }) }
+    }
+
+    /// The same model without its adapters: the base.
+    pub fn without_adapters(&self) -> Self {
+        let mut base = self.clone();
+        for (_, linear) in base.blocks.iter_mut().flat_map(Block::linears_mut) {
+            linear.adapter = None;
+        }
+        base
     }
 
     /// All adapters in a fixed order: by layer, then in the order in which a block applies its linears.

@@ -1,19 +1,22 @@
 //! The adapters of a run: put in place, listed as parameters, and taken out as a PEFT adapter.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::Tensor;
 use tune_adapters::{LoraConfig, Targets};
-use tune_formats::peft;
+use tune_formats::{BaseModel, peft};
 use tune_models::{Llama, ModelError};
 use tune_recipe::{Layers, RunSpec, TargetModules};
 
 use crate::TrainError;
 
 /// Puts the adapters of the recipe beside the model's linear layers: fresh, or those of `init_adapter`.
-pub fn adapt(model: &mut Llama, spec: &RunSpec) -> Result<(), TrainError> {
+pub(crate) fn adapt(model: &mut Llama, spec: &RunSpec, base: &BaseModel) -> Result<(), TrainError> {
     if let Some(path) = &spec.adapter.init_adapter {
-        model.attach_weights(&peft::read(path)?, spec.adapter.lora_dropout)?;
+        let initial = peft::read(path)?;
+        initial.check_base(base)?;
+        agree(&initial.config, spec)?;
+        model.attach_weights(&initial, spec.adapter.lora_dropout)?;
         return Ok(());
     }
     let modules = match &spec.adapter.target_modules {
@@ -35,6 +38,22 @@ pub fn adapt(model: &mut Llama, spec: &RunSpec) -> Result<(), TrainError> {
     Ok(())
 }
 
+/// The recipe's rank and scale hold for the whole run, so those of an initial adapter must be the same.
+fn agree(initial: &peft::AdapterConfig, spec: &RunSpec) -> Result<(), TrainError> {
+    let adapter = &spec.adapter;
+    let mut differences = Vec::new();
+    if initial.r != adapter.r {
+        differences.push(format!("r: {} there, {} in the recipe", initial.r, adapter.r));
+    }
+    if (initial.lora_alpha - adapter.lora_alpha).abs() > f64::EPSILON {
+        differences.push(format!("lora_alpha: {} there, {} in the recipe", initial.lora_alpha, adapter.lora_alpha));
+    }
+    if initial.use_rslora != adapter.use_rslora {
+        differences.push(format!("use_rslora: {} there, {} in the recipe", initial.use_rslora, adapter.use_rslora));
+    }
+    if differences.is_empty() { Ok(()) } else { Err(TrainError::InitialAdapter { differences }) }
+}
+
 /// Every trained parameter under its name in a PEFT file, in the order of the gradients.
 pub fn parameters(model: &mut Llama) -> Vec<(String, &mut Tensor<2>)> {
     model
@@ -48,8 +67,11 @@ pub fn parameters(model: &mut Llama) -> Vec<(String, &mut Tensor<2>)> {
 }
 
 /// The adapters as a PEFT folder holds them.
-fn trained_adapter(setup: &Setup<'_>, model: &mut Llama) -> Result<peft::Adapter, TrainError> {
-    let spec = &setup.spec.adapter;
+pub(crate) fn trained_adapter(
+    model: &mut Llama,
+    spec: &RunSpec,
+    base_digest: &str,
+) -> peft::Adapter {
     let values = |tensor: &Tensor<2>| tensor.to_data().iter::<f32>().collect::<Vec<f32>>();
     let layers: BTreeMap<String, peft::LoraWeights> = model
         .adapters_mut()
@@ -60,5 +82,20 @@ fn trained_adapter(setup: &Setup<'_>, model: &mut Llama) -> Result<peft::Adapter
             (slot.path, peft::LoraWeights { r, d_in, d_out, a, b })
         })
         .collect();
-    todo_config(spec, layers)
+    let target_modules: BTreeSet<String> =
+        layers.keys().filter_map(|path| path.rsplit('.').next()).map(String::from).collect();
+    let config = peft::AdapterConfig {
+        base_model_name_or_path: Some(spec.model.base.clone()),
+        base_digest: Some(base_digest.to_string()),
+        r: spec.adapter.r,
+        lora_alpha: spec.adapter.lora_alpha,
+        lora_dropout: spec.adapter.lora_dropout,
+        target_modules: target_modules.into_iter().collect(),
+        use_rslora: spec.adapter.use_rslora,
+        layers_to_transform: match &spec.adapter.layers {
+            Layers::All => None,
+            Layers::Only(layers) => Some(layers.clone()),
+        },
+    };
+    peft::Adapter { config, layers }
 }

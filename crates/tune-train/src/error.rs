@@ -47,6 +47,17 @@ pub enum TrainError {
         /// One line per setting.
         differences: Vec<String>,
     },
+    /// `adapter.init_adapter` was trained with another rank or scale.
+    #[error("init_adapter has other settings than the recipe:\n  {}", differences.join("\n  "))]
+    #[diagnostic(help("write the values of its adapter_config.json into [adapter]"))]
+    InitialAdapter {
+        /// One line per setting.
+        differences: Vec<String>,
+    },
+    /// The data fill no step.
+    #[error("there is nothing to train on: all rows were held out for validation")]
+    #[diagnostic(help("add rows, or lower data_options.val_split"))]
+    NoSteps,
     /// The loss is no longer a number.
     #[error("loss became {loss} at step {step}")]
     #[diagnostic(help("lower train.learning_rate, or look at the rows of this step with `tune data`"))]
@@ -67,7 +78,7 @@ pub enum TrainError {
 }
 
 /// Turns an I/O error on `path` into a [`TrainError`] that says what was tried.
-pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
+pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
     let path = path.to_path_buf();
     move |source| match source.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => TrainError::NoSpace { path },

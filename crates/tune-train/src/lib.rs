@@ -1,7 +1,7 @@
 //! Supervised fine-tuning. [`sft`] is the run, read top to bottom; the other files are what it is made of.
 
 mod adapter;
-mod checkpoint;
+pub mod checkpoint;
 mod error;
 mod event;
 mod gradients;
@@ -12,12 +12,12 @@ mod schedule;
 mod sft;
 mod steps;
 
-pub use adapter::{adapt, parameters};
+pub use adapter::parameters;
 pub use error::TrainError;
 pub use event::{Event, StepMetrics};
 pub use gradients::loss_and_gradients;
 pub use memory::peak_memory_bytes;
-pub use optim::{AdamW, AdamWConfig, clip_grad_norm};
+pub use optim::{AdamW, AdamWConfig, Moments, clip_grad_norm};
 pub use run_folder::RunFolder;
 pub use schedule::Schedule;
 pub use sft::{Finish, Outcome, Setup, sft};

@@ -106,7 +106,7 @@ impl RunFolder {
 }
 
 /// Writes a file so that its name holds either the old or the new content, whatever happens in between.
-pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), TrainError> {
+pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), TrainError> {
     let temporary = path.with_extension("partial");
     let mut file = File::create(&temporary).map_err(io("create", &temporary))?;
     file.write_all(content).map_err(io("write", &temporary))?;
@@ -115,14 +115,14 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), TrainError> {
 }
 
 /// `metrics.jsonl`, open for appending.
-pub struct MetricsLog {
+pub(crate) struct MetricsLog {
     file: File,
     path: PathBuf,
 }
 
 impl MetricsLog {
     /// Opens the log and drops every line after `step`: those steps will be taken again.
-    pub fn open(folder: &RunFolder, step: usize) -> Result<Self, TrainError> {
+    pub(crate) fn open(folder: &RunFolder, step: usize) -> Result<Self, TrainError> {
         let path = folder.metrics();
         let kept: Vec<u8> = folder
             .read_metrics()?
@@ -136,7 +136,7 @@ impl MetricsLog {
     }
 
     /// Appends one step.
-    pub fn push(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
+    pub(crate) fn push(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
         self.file.write_all(&line(metrics)).map_err(io("write", &self.path))
     }
 }

@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use tune_adapters::{Dropout, LoraConfig, Targets};
+use sha2::{Digest, Sha256};
+use tune_adapters::Dropout;
 use tune_data::{Batcher, MicroBatch};
 use tune_eval::{Evaluation, evaluate};
 use tune_formats::{BaseModel, peft};
 use tune_models::{Llama, Quantization};
-use tune_recipe::{Layers, RunSpec, TargetModules};
+use tune_recipe::RunSpec;
 
+use crate::adapter::{adapt, parameters, trained_adapter};
 use crate::checkpoint::{self, State};
 use crate::run_folder::MetricsLog;
 use crate::steps::{Step, steps};
@@ -34,8 +36,6 @@ pub struct Setup<'a> {
     pub train: Batcher,
     /// Rows held out; may have none.
     pub validation: Batcher,
-    /// Identity of the rows, part of what a checkpoint must agree with.
-    pub data_digest: String,
     /// Where everything is written.
     pub folder: RunFolder,
     /// The checkpoint to go on from.
@@ -65,7 +65,7 @@ pub struct Outcome {
 
 /// Trains adapters over a frozen base.
 pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
-    let Setup { spec, folder, .. } = setup;
+    let Setup { spec, base, folder, .. } = setup;
     let device = Device::flex();
 
     // Load and adapt.
@@ -73,11 +73,14 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         tune_recipe::Quantization::Nf4 => Quantization::Nf4,
         tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
     };
-    let mut model = tune_models::load(setup.base, quantization, &device)?;
-    adapt(&mut model, spec)?;
+    let mut model = tune_models::load(base, quantization, &device)?;
+    adapt(&mut model, spec, base)?;
 
     // Data.
     let steps = steps(&setup.train, &spec.train);
+    if steps.is_empty() {
+        return Err(TrainError::NoSteps);
+    }
     let held_out: Vec<MicroBatch> =
         setup.validation.epoch(0).iter().map(|plan| setup.validation.micro_batch(plan)).collect();
 
@@ -99,12 +102,12 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         total_steps: steps.len(),
         resumed_from: state.step,
         trainable_parameters: parameters(&mut model).iter().map(|(_, p)| p.shape().num_elements()).sum(),
-        base_parameters: setup.base.config.parameters(),
+        base_parameters: base_parameters(base),
     });
 
     // Loop.
     let mut finish = Finish::Completed;
-    while state.step < steps.len() {
+    while state.step < steps.len() && !is_exhausted(&state, spec) {
         let started = Instant::now();
         let number = state.step + 1;
         let Some(batch) = accumulate(setup, &model, &steps[state.step], number) else {
@@ -143,15 +146,14 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         log.push(&metrics)?;
         on_event(Event::Step(metrics));
 
-        let exhausted = track_validation(&mut state, val_loss, spec.eval.early_stopping_patience);
+        track_validation(&mut state, val_loss);
         if spec.checkpoint.save_steps > 0 && number.is_multiple_of(spec.checkpoint.save_steps) {
             let path = save(setup, &state, &mut model, &adam)?;
             saved_at = Some(number);
             on_event(Event::Saved { path });
         }
-        if exhausted && number < steps.len() {
+        if is_exhausted(&state, spec) && number < steps.len() {
             on_event(Event::StoppedEarly { step: number });
-            break;
         }
     }
 
@@ -161,7 +163,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         on_event(Event::Saved { path });
     }
     if finish == Finish::Completed {
-        let adapter = trained_adapter(setup, &mut model)?;
+        let adapter = trained_adapter(&mut model, spec, &base.digest()?);
         peft::write(&folder.adapter(), &adapter)?;
     }
     Ok(Outcome { finish, steps: state.step, model })
@@ -182,7 +184,7 @@ fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> O
     let mut sum = StepBatch {
         loss: 0.0,
         gradients: Vec::new(),
-        tokens: micro_batches.iter().map(MicroBatch::tokens).sum(),
+        tokens: micro_batches.iter().map(MicroBatch::len).sum(),
         trained_tokens: micro_batches.iter().map(MicroBatch::trained_tokens).sum(),
     };
     let scale = 1.0 / sum.trained_tokens.max(1) as f64;
@@ -212,16 +214,20 @@ fn validate(model: &Llama, held_out: &[MicroBatch]) -> Option<f64> {
     (total.tokens > 0).then(|| total.loss())
 }
 
-/// Counts validations without a new lowest loss; true when patience is exhausted.
-fn track_validation(state: &mut State, val_loss: Option<f64>, patience: Option<usize>) -> bool {
-    let Some(val_loss) = val_loss else { return false };
+/// Counts validations without a new lowest loss.
+fn track_validation(state: &mut State, val_loss: Option<f64>) {
+    let Some(val_loss) = val_loss else { return };
     if state.best_val_loss.is_none_or(|best| val_loss < best) {
         state.best_val_loss = Some(val_loss);
         state.validations_without_progress = 0;
     } else {
         state.validations_without_progress += 1;
     }
-    patience.is_some_and(|patience| state.validations_without_progress >= patience)
+}
+
+/// Validation has not improved for as long as the recipe allows.
+fn is_exhausted(state: &State, spec: &RunSpec) -> bool {
+    spec.eval.early_stopping_patience.is_some_and(|patience| state.validations_without_progress >= patience)
 }
 
 fn save(
@@ -230,7 +236,7 @@ fn save(
     model: &mut Llama,
     adam: &AdamW,
 ) -> Result<PathBuf, TrainError> {
-    let adapter = trained_adapter(setup, model)?;
+    let adapter = trained_adapter(model, setup.spec, &setup.base.digest()?);
     let names = parameters(model).into_iter().map(|(name, _)| name);
     let moments: Vec<_> = names.zip(adam.moments()).collect();
     checkpoint::save(&setup.folder, state, &adapter, &moments, setup.spec.checkpoint.save_total_limit)
@@ -280,8 +286,22 @@ fn settings(setup: &Setup<'_>) -> Result<BTreeMap<String, String>, TrainError> {
     }
     settings.retain(|key, _| !FREE.contains(&key.as_str()));
     settings.insert("base".into(), setup.base.digest()?);
-    settings.insert("data".into(), setup.data_digest.clone());
+    settings.insert("data".into(), digest([&setup.train, &setup.validation]));
     Ok(settings)
+}
+
+/// SHA-256 over the tokens and the mask of all rows.
+fn digest(sides: [&Batcher; 2]) -> String {
+    let mut hash = Sha256::new();
+    for side in sides {
+        hash.update(side.samples().len().to_le_bytes());
+        for sample in side.samples() {
+            hash.update(sample.len().to_le_bytes());
+            sample.input_ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+            sample.trained.iter().for_each(|trained| hash.update([u8::from(*trained)]));
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn differences(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
@@ -291,6 +311,11 @@ fn differences(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>)
         .filter(|key| saved.get(*key) != now.get(*key))
         .map(|key| format!("{key}: {} in the checkpoint, {} now", value(saved, key), value(now, key)))
         .collect()
+}
+
+fn base_parameters(base: &BaseModel) -> usize {
+    let elements = |name: &String| base.weights.shape(name).map_or(0, |shape| shape.iter().product());
+    base.weights.names().iter().map(elements).sum()
 }
 
 fn adamw_config(spec: &RunSpec) -> AdamWConfig {

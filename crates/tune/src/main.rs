@@ -6,7 +6,12 @@
 mod commands;
 mod download;
 mod exit;
+mod inputs;
+mod loss_plot;
 mod model;
+mod memory_gate;
+mod progress;
+mod samples;
 
 use std::process::ExitCode;
 

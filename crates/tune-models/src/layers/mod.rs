@@ -8,7 +8,7 @@ mod rope;
 pub use kv_cache::KvCache;
 pub use linear::Linear;
 pub use rms_norm::RmsNorm;
-pub use rope::rotary_frequencies;
+pub(crate) use rope::rotary_frequencies;
 
 use std::sync::Arc;
 

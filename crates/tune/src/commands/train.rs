@@ -1,0 +1,226 @@
+//! `tune train`: a recipe, from its base and rows to a trained and exported adapter.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{HumanBytes, HumanDuration};
+use miette::IntoDiagnostic;
+use owo_colors::{OwoColorize, Stream};
+use tune_data::{BatchOptions, Batcher};
+use tune_recipe::{Override, Resume, RunSpec};
+use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
+
+use super::export;
+use crate::exit::{INTERRUPTED, UsageError};
+use crate::inputs::{self, Inputs};
+use crate::memory_gate::{self, Gate};
+use crate::progress::{Mode, Progress};
+use crate::samples;
+
+#[derive(clap::Args)]
+#[command(after_help = "Ctrl-C saves a checkpoint and exits; the same command goes on from there.\n\n\
+                        Examples:\n  tune train recipes/quickstart.toml\n  \
+                        tune train recipes/code.toml --set train.learning_rate=1e-4 --out runs/slower")]
+pub struct Args {
+    /// The recipe, or the run.toml of an earlier run
+    recipe: PathBuf,
+    /// Folder of the run [default: runs/NAME]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Change one value of the recipe; may be given several times
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// auto (the newest checkpoint of the folder), never (the old run is kept aside), or a checkpoint folder
+    #[arg(long, value_name = "auto|never|PATH")]
+    resume: Option<String>,
+    /// Print nothing but errors and the final samples
+    #[arg(long, short)]
+    quiet: bool,
+    /// One JSON object per event on standard output, for other programs
+    #[arg(long)]
+    json: bool,
+    /// Stop after the plan
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub fn run(args: &Args) -> miette::Result<ExitCode> {
+    let mode = Mode::choose(args.quiet, args.json);
+    let say = |text: String| {
+        if matches!(mode, Mode::Bar | Mode::Lines) {
+            eprintln!("{text}");
+        }
+    };
+
+    // What the recipe names.
+    let mut inputs = inputs::open(&args.recipe, &overrides(args))?;
+    let base = &inputs.base;
+    say(format!("base      {} ({})", inputs.resolved.reference, inputs.resolved.origin));
+    let dataset = inputs.dataset()?;
+    let report = &dataset.report;
+    say(format!(
+        "data      {} rows, {} tokens, {} trained{}",
+        report.samples(),
+        report.tokens(),
+        report.trained_tokens(),
+        match report.dropped() {
+            0 => String::new(),
+            dropped => format!("; {dropped} rows left out, see `tune data`"),
+        },
+    ));
+    let (train, held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+
+    // Does it fit?
+    let gate = memory_gate::check(&mut inputs.spec, base, &train)?;
+    say(gate.summary());
+    if args.dry_run {
+        return Ok(ExitCode::SUCCESS);
+    }
+
+    // The run.
+    let spec = &inputs.spec;
+    let folder = RunFolder::new(&spec.run.out);
+    let resume_from = resume_point(&spec.checkpoint.resume, &folder, &say)?;
+    std::fs::create_dir_all(folder.root()).map_err(|e| unwritable(&folder, &e))?;
+    std::fs::write(folder.recipe(), spec.to_toml()).map_err(|e| unwritable(&folder, &e))?;
+    gate.write(&folder, None)?;
+    let setup = Setup {
+        spec,
+        base,
+        train: Batcher::new(train, batch_options(spec, spec.train.shuffle))?,
+        validation: Batcher::new(held_out, batch_options(spec, false))?,
+        folder: folder.clone(),
+        resume_from,
+        stop: &stop_on_ctrl_c()?,
+    };
+    let mut progress = Progress::new(mode, gate.peak_bytes(), spec.train.logging_steps);
+    let outcome = sft(&setup, &mut |event| progress.show(&event));
+    progress.finish();
+    let outcome = outcome?;
+    if let Some(svg) = crate::loss_plot::svg(&folder.read_metrics()?) {
+        std::fs::write(folder.loss_svg(), svg).map_err(|e| unwritable(&folder, &e))?;
+    }
+    if outcome.finish == Finish::Interrupted {
+        say(format!(
+            "stopped   after step {}; the same command goes on from there",
+            outcome.steps
+        ));
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    report_end(&folder, &gate, &say)?;
+
+    // What it learned, and what it becomes.
+    if mode != Mode::Json {
+        show_samples(&inputs, &outcome)?;
+    }
+    for target in &spec.export.targets {
+        let path = export::export_run(&folder, &inputs, target)?;
+        say(format!("exported  {} ({target})", path.display()));
+    }
+    if spec.export.targets.is_empty() {
+        say(format!("next      tune export {} --to gguf-lora --out adapter.gguf", folder.root().display()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn overrides(args: &Args) -> Vec<Override> {
+    let mut overrides: Vec<Override> = args.set.iter().map(Override::set).collect();
+    if let Some(out) = &args.out {
+        overrides.push(Override::flag("--out", "run.out", &out.to_string_lossy()));
+    }
+    if let Some(resume) = &args.resume {
+        overrides.push(Override::flag("--resume", "checkpoint.resume", resume));
+    }
+    overrides
+}
+
+fn batch_options(spec: &RunSpec, shuffle: bool) -> BatchOptions {
+    BatchOptions {
+        sequence_len: spec.data_options.sequence_len,
+        micro_batch_size: spec.train.micro_batch_size,
+        packing: spec.data_options.packing,
+        shuffle,
+        seed: spec.train.seed,
+    }
+}
+
+/// The checkpoint to go on from. A run that is not to be resumed is set aside, never overwritten.
+fn resume_point(
+    resume: &Resume,
+    folder: &RunFolder,
+    say: &dyn Fn(String),
+) -> miette::Result<Option<PathBuf>> {
+    match resume {
+        Resume::Auto => Ok(checkpoint::newest(folder)),
+        Resume::Never => {
+            if let Some(old) = folder.set_aside()? {
+                say(format!("kept      the earlier run as {}", old.display()));
+            }
+            Ok(None)
+        }
+        Resume::Path(path) if path.is_dir() => Ok(Some(path.clone())),
+        Resume::Path(path) => Err(UsageError::report(
+            format!("no checkpoint at {}", path.display()),
+            match checkpoint::newest(folder) {
+                Some(newest) => format!("the newest of this run is {}", newest.display()),
+                None => "use --resume auto, or --resume never to start over".to_string(),
+            },
+        )),
+    }
+}
+
+/// The first Ctrl-C asks the run to save and stop, the second ends the program.
+fn stop_on_ctrl_c() -> miette::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("saving after this micro-batch; Ctrl-C again to stop without saving");
+    })
+    .into_diagnostic()?;
+    Ok(stop)
+}
+
+fn report_end(folder: &RunFolder, gate: &Gate, say: &dyn Fn(String)) -> miette::Result<()> {
+    let measured = peak_memory_bytes();
+    gate.write(folder, measured)?;
+    let Some(last) = folder.read_metrics()?.pop() else { return Ok(()) };
+    let elapsed = HumanDuration(std::time::Duration::from_secs_f64(last.elapsed_s));
+    say(format!("trained   {} steps in {elapsed}, loss {:.4}", last.step, last.loss));
+    if let Some(measured) = measured {
+        let planned = gate.peak_bytes();
+        let off = 100.0 * (measured as f64 - planned as f64) / planned as f64;
+        say(format!(
+            "memory    {} at the peak, {} planned ({off:+.1} %)",
+            HumanBytes(measured),
+            HumanBytes(planned)
+        ));
+    }
+    say(format!("adapter   {}", folder.adapter().display()));
+    Ok(())
+}
+
+/// Held-out prompts, answered by the base and by the tuned model.
+fn show_samples(inputs: &Inputs, outcome: &Outcome) -> miette::Result<()> {
+    for sample in samples::before_and_after(inputs, &outcome.model)? {
+        let dim = |text: &'static str| text.if_supports_color(Stream::Stdout, |t| t.dimmed()).to_string();
+        println!("\n{}  {}", dim("prompt"), sample.prompt);
+        println!("{}  {}", dim("before"), sample.before);
+        println!("{}   {}", dim("after"), sample.after);
+    }
+    if !inputs.spec.samples.prompts.is_empty() {
+        println!();
+    }
+    Ok(())
+}
+
+fn unwritable(folder: &RunFolder, error: &std::io::Error) -> miette::Report {
+    UsageError::report(
+        format!("cannot write to {}: {error}", folder.root().display()),
+        "choose another folder with --out",
+    )
+}

@@ -1,0 +1,58 @@
+//! Held-out prompts, answered by the base and by the tuned model: what the run has changed.
+
+use std::ops::ControlFlow;
+
+use tune_data::Message;
+use tune_eval::{Sampler, SamplerConfig, generate};
+use tune_models::Llama;
+
+use crate::inputs::Inputs;
+
+/// One prompt with both answers.
+pub struct Sample {
+    /// The prompt.
+    pub prompt: String,
+    /// What the base says.
+    pub before: String,
+    /// What the tuned model says.
+    pub after: String,
+}
+
+/// Answers the prompts of the recipe's `[samples]` greedily, without and with the adapters of `tuned`.
+pub fn before_and_after(inputs: &Inputs, tuned: &Llama) -> miette::Result<Vec<Sample>> {
+    let base = tuned.without_adapters();
+    let samples = &inputs.spec.samples;
+    samples
+        .prompts
+        .iter()
+        .map(|prompt| {
+            let ids = prompt_ids(inputs, prompt)?;
+            let answer = |model| answer(inputs, model, &ids);
+            Ok(Sample { prompt: prompt.clone(), before: answer(&base), after: answer(tuned) })
+        })
+        .collect()
+}
+
+fn prompt_ids(inputs: &Inputs, prompt: &str) -> miette::Result<Vec<u32>> {
+    let text = match &inputs.template {
+        Some(template) => {
+            let system = inputs.spec.samples.system.as_deref();
+            let mut messages: Vec<Message> = system.map(|text| Message::new("system", text)).into_iter().collect();
+            messages.push(Message::new("user", prompt));
+            template.render(&messages, None, true)?
+        }
+        None => prompt.to_string(),
+    };
+    Ok(inputs.tokenizer.encode_sequence(&text)?)
+}
+
+fn answer(inputs: &Inputs, model: &Llama, prompt: &[u32]) -> String {
+    let most = inputs.spec.samples.max_tokens;
+    let context = model.config().max_position_embeddings;
+    let mut cache = model.kv_cache((prompt.len() + most).min(context));
+    let stops = &inputs.base.special.eos_ids;
+    let mut greedy = Sampler::new(SamplerConfig::default());
+    let generation =
+        generate(model, &mut cache, prompt, most, stops, &mut greedy, &mut |_| ControlFlow::Continue(()));
+    inputs.tokenizer.decode(&generation.tokens).trim().to_string()
+}
