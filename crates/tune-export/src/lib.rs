@@ -1,1 +1,186 @@
 //! Trained adapter and base to GGUF, safetensors, PEFT and Modelfile, one tensor at a time.
+//!
+//! [`export`] reads the base and a PEFT adapter, never anything of the training run, and writes one
+//! [`ExportTarget`]. Merged models stream tensor by tensor, so memory does not grow with the model. Free space is
+//! checked first, everything is written beside its target, read back, compared with what was meant, and only then
+//! renamed.
+
+mod error;
+mod gguf_adapter;
+mod gguf_metadata;
+mod gguf_model;
+mod go_template;
+mod merge;
+mod ollama_modelfile;
+mod pre_tokenizer;
+mod retention;
+mod safetensors_model;
+mod special_text;
+mod staging;
+mod target;
+mod tokenizer_metadata;
+mod verify;
+
+use std::path::{Path, PathBuf};
+
+use tune_formats::peft::{self, Adapter};
+use tune_formats::{BaseModel, Source};
+
+pub use error::ExportError;
+pub use go_template::Render;
+pub use retention::Retention;
+pub use target::ExportTarget;
+
+/// What to export, and where to.
+#[derive(Clone, Copy)]
+pub struct ExportRequest<'a> {
+    /// The model that the adapter was trained on.
+    pub base: &'a BaseModel,
+    /// The trained adapter.
+    pub adapter: &'a Adapter,
+    /// What to make of them.
+    pub target: ExportTarget,
+    /// File or folder to write.
+    pub out: &'a Path,
+    /// What the base and the adapter do not say.
+    pub options: ExportOptions<'a>,
+}
+
+/// What the base and the adapter do not say.
+#[derive(Clone, Copy, Default)]
+pub struct ExportOptions<'a> {
+    /// Name of the new model, for `general.name`; the base's where there is none.
+    pub name: Option<&'a str>,
+    /// Jinja source of the chat template used in training, where it is not the base's.
+    pub chat_template: Option<&'a str>,
+    /// How Ollama calls the base, for `FROM` beside a GGUF adapter; the path of the base where there is none.
+    pub ollama_base: Option<&'a str>,
+    /// `tokenizer.json` of a GGUF base, rebuilt from its metadata, for the safetensors target.
+    pub tokenizer_json: Option<&'a str>,
+    /// Renders a conversation with the chat template used in training. Needed for the Modelfile's `TEMPLATE`, which
+    /// is left out without it.
+    pub render: Option<&'a Render<'a>>,
+}
+
+/// What happens during an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportEvent {
+    /// Writing begins.
+    Started {
+        /// Tensors to write.
+        tensors: usize,
+        /// About how many bytes.
+        bytes: u64,
+    },
+    /// A tensor is written.
+    Wrote {
+        /// Tensors written so far.
+        done: usize,
+        /// Tensors in all.
+        tensors: usize,
+    },
+    /// A tensor was read back and holds what was meant.
+    Verified {
+        /// Tensors compared so far.
+        done: usize,
+        /// Tensors in all.
+        tensors: usize,
+    },
+}
+
+/// What an export has made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExportReport {
+    /// The file or folder.
+    pub path: PathBuf,
+    /// Its size in bytes, all files of a folder together.
+    pub bytes: u64,
+    /// Tensors in it.
+    pub tensors: usize,
+    /// How much of the adapter's effect the merged weights hold; `None` for adapters.
+    pub retention: Option<Retention>,
+    /// The Modelfile beside a GGUF file.
+    pub modelfile: Option<PathBuf>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// Exports `request.adapter` over `request.base` as `request.target`.
+///
+/// # Errors
+/// An adapter of another base, a target that cannot express it, too little space, weights that are not finite, and
+/// [`ExportError::Verification`] when the written file does not read back as meant. In each case nothing is left
+/// behind and a file that was there before is unchanged.
+pub fn export(
+    request: &ExportRequest<'_>,
+    progress: &mut dyn FnMut(ExportEvent),
+) -> Result<ExportReport, ExportError> {
+    refuse_to_overwrite_base(request)?;
+    let mut notes = Vec::new();
+    let written = match request.target {
+        ExportTarget::GgufLora => gguf_adapter::write(request, progress)?,
+        ExportTarget::Gguf(block_type) => gguf_model::write(request, block_type, progress)?,
+        ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
+        ExportTarget::Peft => write_peft(request, progress)?,
+    };
+    let modelfile = match request.target {
+        ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::write(request, &mut notes)?),
+        ExportTarget::Safetensors | ExportTarget::Peft => None,
+    };
+    Ok(ExportReport {
+        path: request.out.to_owned(),
+        bytes: staging::size_of(request.out)?,
+        tensors: written.tensors,
+        retention: written.retention,
+        modelfile,
+        notes,
+    })
+}
+
+/// What the writer of a target reports.
+struct Written {
+    tensors: usize,
+    retention: Option<Retention>,
+}
+
+fn write_peft(
+    request: &ExportRequest<'_>,
+    progress: &mut dyn FnMut(ExportEvent),
+) -> Result<Written, ExportError> {
+    let ExportRequest { base, adapter, out, .. } = *request;
+    merge::check(base, adapter)?;
+    let values: usize = adapter.layers.values().map(|lora| lora.a.len() + lora.b.len()).sum();
+    let tensors = 2 * adapter.layers.len();
+    let bytes = 4 * values as u64 + 256 * tensors as u64;
+    let staged = staging::Staged::folder(out, bytes)?;
+    progress(ExportEvent::Started { tensors, bytes });
+    peft::write(staged.path(), adapter)?;
+    progress(ExportEvent::Wrote { done: tensors, tensors });
+    let mut differences = verify::Differences::new(out);
+    let found = peft::read(staged.path())?;
+    if found.layers.keys().ne(adapter.layers.keys()) {
+        differences.push("the list of layers is another one");
+    }
+    for (name, wanted) in &adapter.layers {
+        if let Some(found) = found.layers.get(name) {
+            differences.values(&format!("{name}.lora_A"), &found.a, &wanted.a);
+            differences.values(&format!("{name}.lora_B"), &found.b, &wanted.b);
+        }
+    }
+    differences.finish()?;
+    progress(ExportEvent::Verified { done: tensors, tensors });
+    staged.publish()?;
+    Ok(Written { tensors, retention: None })
+}
+
+fn refuse_to_overwrite_base(request: &ExportRequest<'_>) -> Result<(), ExportError> {
+    let Ok(out) = request.out.canonicalize() else { return Ok(()) };
+    let parts: Vec<&Path> = match &request.base.source {
+        Source::Gguf(file) => file.parts().collect(),
+        Source::HfDirectory(directory) => vec![directory.path()],
+    };
+    match parts.into_iter().find(|part| part.canonicalize().is_ok_and(|part| part == out)) {
+        Some(part) => Err(ExportError::OverwritesBase { path: part.to_owned() }),
+        None => Ok(()),
+    }
+}

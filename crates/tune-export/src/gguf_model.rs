@@ -1,0 +1,176 @@
+//! Base and adapter merged into one GGUF file.
+
+use std::path::Path;
+
+use tune_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, names};
+use tune_formats::{BaseModel, RopeScaling, Source};
+use tune_quant::{BlockType, RowOrder};
+
+use crate::merge::{self, MergedTensor, Values};
+use crate::retention::Effect;
+use crate::staging::Staged;
+use crate::verify::Differences;
+use crate::{ExportError, ExportEvent, ExportRequest, Written, gguf_metadata};
+
+/// Divisors of the rotary frequencies; no Hugging Face model stores them as a tensor.
+const ROPE_FREQS: &str = "rope_freqs.weight";
+
+pub(crate) fn write(
+    request: &ExportRequest<'_>,
+    block_type: BlockType,
+    progress: &mut dyn FnMut(ExportEvent),
+) -> Result<Written, ExportError> {
+    let base = request.base;
+    let metadata = gguf_metadata::of_model(base, &request.options, block_type)?;
+    let tensors = planned(base, merge::tensors(base, request.adapter)?, block_type)?;
+    let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
+    let size = gguf_metadata::byte_len(&metadata)
+        + specs.iter().map(|spec| spec.byte_len().unwrap_or_default() as u64 + 128).sum::<u64>();
+    let staged = Staged::file(request.out, size)?;
+    progress(ExportEvent::Started { tensors: tensors.len(), bytes: size });
+
+    let mut writer = GgufWriter::create(staged.path(), &metadata, specs)?;
+    let mut effect = Effect::default();
+    for (done, tensor) in (1..).zip(&tensors) {
+        let TensorSpec { name, block_type, .. } = &tensor.spec;
+        effect += tensor.merged.encode(*block_type, tensor.order, |bytes| Ok(writer.write(name, bytes)?))?;
+        progress(ExportEvent::Wrote { done, tensors: tensors.len() });
+    }
+    writer.finish()?;
+    verify(staged.path(), request.out, &metadata, &tensors, progress)?;
+    staged.publish()?;
+    Ok(Written { tensors: tensors.len(), retention: effect.retention() })
+}
+
+/// A tensor and how it lies in the file.
+struct PlannedTensor<'a> {
+    merged: MergedTensor<'a>,
+    spec: TensorSpec,
+    order: RowOrder,
+}
+
+fn planned<'a>(
+    base: &BaseModel,
+    merged: Vec<MergedTensor<'a>>,
+    block_type: BlockType,
+) -> Result<Vec<PlannedTensor<'a>>, ExportError> {
+    let config = &base.config;
+    let tied = !merged.iter().any(|tensor| tensor.name == "lm_head.weight");
+    let mut planned = Vec::with_capacity(merged.len() + 1);
+    if let Some(factors) = rope_factors(base)? {
+        planned.push(PlannedTensor {
+            spec: TensorSpec {
+                name: ROPE_FREQS.to_owned(),
+                dims: vec![factors.len()],
+                block_type: BlockType::F32,
+            },
+            order: RowOrder::Natural,
+            merged: MergedTensor { name: ROPE_FREQS.to_owned(), values: Values::Vector(factors) },
+        });
+    }
+    for tensor in merged {
+        // Names without a GGUF counterpart were left out when the tensors were listed.
+        let Some(name) = names::to_gguf(config.architecture, &tensor.name) else { continue };
+        let shape = tensor.shape();
+        let is_head = tensor.name == "lm_head.weight" || (tied && tensor.name == "model.embed_tokens.weight");
+        let spec = TensorSpec {
+            name,
+            dims: shape.iter().rev().copied().collect(),
+            block_type: stored_type(block_type, &shape, is_head),
+        };
+        planned.push(PlannedTensor { order: names::row_order(config, &tensor.name), spec, merged: tensor });
+    }
+    Ok(planned)
+}
+
+/// The type of one tensor, as llama.cpp's quantiser chooses it: vectors in full, rows that are not whole blocks as
+/// halves, and an output head finer than the 4- and 5-bit types, where its error would be the model's largest.
+/// Departure: that head is Q8_0, for want of a Q6_K encoder.
+fn stored_type(wanted: BlockType, shape: &[usize], is_head: bool) -> BlockType {
+    let &[_, cols] = shape else { return BlockType::F32 };
+    let wanted = if is_head && wanted.is_quantized() { BlockType::Q8_0 } else { wanted };
+    if cols.is_multiple_of(wanted.block_len()) { wanted } else { BlockType::F16 }
+}
+
+/// The values of `rope_freqs.weight`. Linear scaling is metadata and has none.
+fn rope_factors(base: &BaseModel) -> Result<Option<Vec<f32>>, ExportError> {
+    if let Source::Gguf(file) = &base.source {
+        let Some(tensor) = file.tensor(ROPE_FREQS) else { return Ok(None) };
+        let mut factors = vec![0.0; tensor.elements()];
+        tensor.block_type.decode(&file.data(tensor)?, &mut factors);
+        return Ok(Some(factors));
+    }
+    match base.config.rope_scaling {
+        Some(RopeScaling::Llama3 { .. } | RopeScaling::Factors(_)) => Ok(base.config.rope_factors()),
+        Some(RopeScaling::Linear { .. }) | None => Ok(None),
+    }
+}
+
+/// Reads the file back through the project's own reader and compares all of it with what was meant: metadata, the
+/// list of tensors, and every row in Hugging Face order.
+fn verify(
+    path: &Path,
+    target: &Path,
+    metadata: &Metadata,
+    tensors: &[PlannedTensor<'_>],
+    progress: &mut dyn FnMut(ExportEvent),
+) -> Result<(), ExportError> {
+    let mut differences = Differences::new(target);
+    let model = tune_formats::open(path)?;
+    let file = GgufFile::open(path)?;
+    differences.metadata(file.metadata(), metadata);
+    let found: Vec<TensorSpec> = file
+        .tensors()
+        .iter()
+        .map(|t| TensorSpec { name: t.name.clone(), dims: t.dims.clone(), block_type: t.block_type })
+        .collect();
+    if found.iter().ne(tensors.iter().map(|tensor| &tensor.spec)) {
+        differences.push("the list of tensors is another one");
+        return differences.finish();
+    }
+    for (done, tensor) in (1..).zip(tensors) {
+        let TensorSpec { name, block_type, .. } = &tensor.spec;
+        match &tensor.merged.values {
+            Values::Vector(values) => {
+                let found = match file.tensor(name) {
+                    Some(info) if name == ROPE_FREQS => {
+                        let mut found = vec![0.0; info.elements()];
+                        info.block_type.decode(&file.data(info)?, &mut found);
+                        found
+                    }
+                    _ => model.weights.vector(&tensor.merged.name)?,
+                };
+                differences.values(name, &found, values);
+            }
+            Values::Matrix(_) => {
+                let found = model.weights.matrix(&tensor.merged.name)?;
+                let row_bytes = block_type.row_bytes(found.cols()).unwrap_or(1);
+                let mut row = 0;
+                tensor.merged.encode(*block_type, RowOrder::Natural, |bytes| {
+                    for wanted in bytes.chunks_exact(row_bytes) {
+                        differences.row(name, row, found.row_blocks(row), (*block_type, wanted));
+                        row += 1;
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        progress(ExportEvent::Verified { done, tensors: tensors.len() });
+    }
+    differences.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_fall_back_where_rows_are_not_whole_blocks() {
+        assert_eq!(stored_type(BlockType::Q8_0, &[8, 64], false), BlockType::Q8_0);
+        assert_eq!(stored_type(BlockType::Q8_0, &[8, 48], false), BlockType::F16);
+        assert_eq!(stored_type(BlockType::Q4_0, &[8, 64], true), BlockType::Q8_0);
+        assert_eq!(stored_type(BlockType::Q4_0, &[8, 64], false), BlockType::Q4_0);
+        assert_eq!(stored_type(BlockType::BF16, &[8, 48], true), BlockType::BF16);
+        assert_eq!(stored_type(BlockType::Q8_0, &[64], false), BlockType::F32);
+    }
+}

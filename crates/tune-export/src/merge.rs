@@ -1,0 +1,322 @@
+//! Base and adapter, one row at a time.
+//!
+//!     W' = W + s · B A
+//!
+//! W `[d_out, d_in]` as stored and decoded to `f32`, A `[r, d_in]`, B `[d_out, r]`; the sum is formed in `f32` and
+//! rounded once, when it is encoded. W + ΔW exists for a few rows only.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+use tune_formats::peft::{Adapter, LoraWeights};
+use tune_formats::{BaseModel, FormatError, TensorProblem};
+use tune_quant::{BlockType, RowOrder, StoredMatrix};
+
+use crate::ExportError;
+use crate::retention::Effect;
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Values that are merged and encoded together: enough for all cores, little beside a model.
+const CHUNK_VALUES: usize = 1 << 22;
+
+/// The tensors of a merged model, in the order of the forward pass.
+pub(crate) fn tensors<'a>(
+    base: &'a BaseModel,
+    adapter: &'a Adapter,
+) -> Result<Vec<MergedTensor<'a>>, ExportError> {
+    check(base, adapter)?;
+    let mut names: Vec<String> =
+        base.weights.names().into_iter().filter(|name| place(name).is_some()).collect();
+    // A head that is trained apart from the embedding it was tied to becomes a tensor of its own.
+    if base.config.tie_word_embeddings && adapter.layers.contains_key("lm_head") {
+        names.push(HEAD.to_owned());
+    }
+    names.sort_by_key(|name| (place(name), name.clone()));
+    names.into_iter().map(|name| MergedTensor::new(base, adapter, name)).collect()
+}
+
+/// One tensor of the merged model, under its Hugging Face name.
+pub(crate) struct MergedTensor<'a> {
+    pub(crate) name: String,
+    pub(crate) values: Values<'a>,
+}
+
+/// The values of a tensor.
+pub(crate) enum Values<'a> {
+    /// Norms and biases; adapters do not change them.
+    Vector(Vec<f32>),
+    /// Everything else.
+    Matrix(MergedMatrix<'a>),
+}
+
+/// A matrix of the base with the update of its adapter, if it has one.
+pub(crate) struct MergedMatrix<'a> {
+    base: StoredMatrix,
+    update: Option<(f32, &'a LoraWeights)>,
+}
+
+impl<'a> MergedTensor<'a> {
+    fn new(base: &BaseModel, adapter: &'a Adapter, name: String) -> Result<Self, ExportError> {
+        let stored = if name == HEAD && base.config.tie_word_embeddings { EMBEDDING } else { &name };
+        let values = if base.weights.shape(stored).is_some_and(|shape| shape.len() == 1) {
+            Values::Vector(base.weights.vector(stored)?)
+        } else {
+            let module = name.strip_suffix(".weight").unwrap_or(&name);
+            let update = adapter.layers.get(module).map(|lora| (adapter.config.scale() as f32, lora));
+            Values::Matrix(MergedMatrix { base: base.weights.matrix(stored)?, update })
+        };
+        Ok(Self { name, values })
+    }
+
+    /// Shape, row-major.
+    pub(crate) fn shape(&self) -> Vec<usize> {
+        match &self.values {
+            Values::Vector(values) => vec![values.len()],
+            Values::Matrix(matrix) => vec![matrix.rows(), matrix.cols()],
+        }
+    }
+
+    /// Encodes the tensor with its rows in `order` and gives the bytes, a few rows at a time, to `write`.
+    pub(crate) fn encode(
+        &self,
+        block_type: BlockType,
+        order: RowOrder,
+        mut write: impl FnMut(&[u8]) -> Result<(), ExportError>,
+    ) -> Result<Effect, ExportError> {
+        match &self.values {
+            Values::Vector(values) => {
+                let mut ordered = values.clone();
+                for (row, &value) in values.iter().enumerate() {
+                    ordered[order.stored_row(row)] = value;
+                }
+                let mut bytes = Vec::new();
+                block_type.encode(&ordered, &mut bytes);
+                let mut decoded = vec![0.0; values.len()];
+                block_type.decode(&bytes, &mut decoded);
+                self.check_finite(&ordered, &decoded, block_type)?;
+                write(&bytes)?;
+                Ok(Effect::default())
+            }
+            Values::Matrix(matrix) => {
+                let hf_rows = rows_as_stored(order, matrix.rows());
+                let mut effect = Effect::default();
+                for chunk in matrix.chunks() {
+                    let (bytes, of_chunk) = self.encode_rows(matrix, block_type, &hf_rows[chunk])?;
+                    effect += of_chunk;
+                    write(&bytes)?;
+                }
+                Ok(effect)
+            }
+        }
+    }
+
+    /// Encodes these Hugging Face rows, one after the other, on all cores.
+    fn encode_rows(
+        &self,
+        matrix: &MergedMatrix<'_>,
+        block_type: BlockType,
+        hf_rows: &[usize],
+    ) -> Result<(Vec<u8>, Effect), ExportError> {
+        let row_bytes = block_type.row_bytes(matrix.cols()).ok_or_else(|| {
+            let reason =
+                format!("rows of {} values are not whole {} blocks", matrix.cols(), block_type.name());
+            FormatError::Tensor { name: self.name.clone(), reason }
+        })?;
+        let mut bytes = vec![0; hf_rows.len() * row_bytes];
+        let effect = bytes
+            .par_chunks_exact_mut(row_bytes)
+            .zip(hf_rows)
+            .map_init(
+                || Scratch::new(matrix.cols(), row_bytes),
+                |scratch, (out, &row)| self.encode_row(matrix, block_type, row, scratch, out),
+            )
+            .try_reduce(Effect::default, |a, b| Ok(a + b))?;
+        Ok((bytes, effect))
+    }
+
+    fn encode_row(
+        &self,
+        matrix: &MergedMatrix<'_>,
+        block_type: BlockType,
+        row: usize,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<Effect, ExportError> {
+        if let Some(stored) = matrix.unchanged(row, block_type) {
+            out.copy_from_slice(stored);
+            return Ok(Effect::default());
+        }
+        let Scratch { base, merged, decoded, encoded } = scratch;
+        matrix.base.decode_row(row, base);
+        merged.copy_from_slice(base);
+        matrix.add_update(row, merged);
+        encoded.clear();
+        block_type.encode(merged, encoded);
+        out.copy_from_slice(encoded);
+        block_type.decode(out, decoded);
+        self.check_finite(merged, decoded, block_type)?;
+        Ok(if matrix.update.is_some() { Effect::of_row(base, merged, decoded) } else { Effect::default() })
+    }
+
+    fn check_finite(
+        &self,
+        values: &[f32],
+        decoded: &[f32],
+        block_type: BlockType,
+    ) -> Result<(), ExportError> {
+        let not_finite = |when: String, help: &str| {
+            Err(ExportError::NotFinite { tensor: self.name.clone(), when, help: help.to_owned() })
+        };
+        if !values.iter().all(|v| v.is_finite()) {
+            return not_finite(
+                "in the base or the adapter".to_owned(),
+                "the training run diverged or the base is damaged: train again with a lower learning rate",
+            );
+        }
+        if decoded.iter().all(|v| v.is_finite()) {
+            return Ok(());
+        }
+        let largest = values.iter().fold(0.0_f32, |max, v| max.max(v.abs()));
+        not_finite(
+            format!("as {}: its largest magnitude is {largest}", block_type.name()),
+            "export a type with the range of a single: --to gguf:bf16 or --to gguf:f32",
+        )
+    }
+}
+
+impl MergedMatrix<'_> {
+    pub(crate) fn rows(&self) -> usize {
+        self.base.rows()
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.base.cols()
+    }
+
+    /// The type in which the base stores it; `None` for types without blocks of their own.
+    pub(crate) fn base_type(&self) -> Option<BlockType> {
+        self.base.row_blocks(0).map(|(block_type, _)| block_type)
+    }
+
+    /// Ranges of rows of a size that fits in memory many times over.
+    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, step) = (self.rows(), (CHUNK_VALUES / self.cols().max(1)).max(1));
+        (0..rows).step_by(step).map(move |start| start..rows.min(start + step))
+    }
+
+    /// The stored bytes of a row that neither the adapter nor the encoding changes.
+    fn unchanged(&self, row: usize, block_type: BlockType) -> Option<&[u8]> {
+        let (stored_type, bytes) = self.base.row_blocks(row)?;
+        (self.update.is_none() && stored_type == block_type).then_some(bytes)
+    }
+
+    fn add_update(&self, row: usize, values: &mut [f32]) {
+        let Some((scale, lora)) = self.update else { return };
+        let weights = &lora.b[row * lora.r..(row + 1) * lora.r];
+        for (weight, a) in weights.iter().zip(lora.a.chunks_exact(lora.d_in)) {
+            let weight = scale * weight;
+            for (value, a) in values.iter_mut().zip(a) {
+                *value += weight * a;
+            }
+        }
+    }
+}
+
+/// The Hugging Face row that each stored row holds.
+pub(crate) fn rows_as_stored(order: RowOrder, rows: usize) -> Vec<usize> {
+    let mut held = vec![0; rows];
+    for row in 0..rows {
+        held[order.stored_row(row)] = row;
+    }
+    held
+}
+
+/// Every module of the adapter must be a linear layer of the base, in its shape. A head that is tied to the embedding
+/// counts as one.
+pub(crate) fn check(base: &BaseModel, adapter: &Adapter) -> Result<(), FormatError> {
+    if adapter.layers.contains_key("model.embed_tokens") {
+        let reason = "adapters of the embedding are not supported".to_owned();
+        return Err(FormatError::Tensor { name: "model.embed_tokens".to_owned(), reason });
+    }
+    let Some(head) = adapter.layers.get("lm_head").filter(|_| base.config.tie_word_embeddings) else {
+        return adapter.check_base(base);
+    };
+    let mut rest = adapter.clone();
+    rest.layers.remove("lm_head");
+    rest.check_base(base)?;
+    let (expected, found) = (base.weights.shape(EMBEDDING), Some(vec![head.d_out, head.d_in]));
+    if expected == found {
+        return Ok(());
+    }
+    let problems = vec![TensorProblem { name: "lm_head".to_owned(), expected, found }];
+    Err(FormatError::OtherBase { help: "pass the base that the adapter was trained on".to_owned(), problems })
+}
+
+/// Where a tensor comes in the forward pass; `None` for tensors that no engine reads, such as stored rotary tables.
+fn place(name: &str) -> Option<(u8, usize)> {
+    match name {
+        EMBEDDING => Some((0, 0)),
+        "model.norm.weight" => Some((2, 0)),
+        HEAD => Some((3, 0)),
+        _ => {
+            let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+            let known = part.starts_with("self_attn.")
+                || part.starts_with("mlp.")
+                || part.ends_with("layernorm.weight");
+            (known && !part.contains("rotary_emb")).then_some((1, layer.parse().ok()?))
+        }
+    }
+}
+
+/// Buffers of one thread.
+struct Scratch {
+    base: Vec<f32>,
+    merged: Vec<f32>,
+    decoded: Vec<f32>,
+    encoded: Vec<u8>,
+}
+
+impl Scratch {
+    fn new(cols: usize, row_bytes: usize) -> Self {
+        Self {
+            base: vec![0.0; cols],
+            merged: vec![0.0; cols],
+            decoded: vec![0.0; cols],
+            encoded: Vec::with_capacity(row_bytes),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tune_formats::ModelConfig;
+
+    use super::*;
+
+    #[test]
+    fn order_is_that_of_the_forward_pass() {
+        let mut names = [
+            HEAD.to_owned(),
+            "model.norm.weight".to_owned(),
+            format!("{}.weight", ModelConfig::linear_path(10, "q_proj")),
+            format!("{}.weight", ModelConfig::linear_path(2, "up_proj")),
+            "model.layers.2.input_layernorm.weight".to_owned(),
+            EMBEDDING.to_owned(),
+        ];
+        names.sort_by_key(|name| (place(name), name.clone()));
+        assert_eq!(names[0], EMBEDDING);
+        assert_eq!(names[3], "model.layers.10.self_attn.q_proj.weight");
+        assert_eq!(names[5], HEAD);
+        assert_eq!(place("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
+    }
+
+    #[test]
+    fn stored_rows_are_the_inverse() {
+        let order = RowOrder::RotaryInterleaved { head_dim: 8 };
+        let held = rows_as_stored(order, 16);
+        assert_eq!(held[..8], [0, 4, 1, 5, 2, 6, 3, 7]);
+        assert!((0..16).all(|row| held[order.stored_row(row)] == row));
+    }
+}

@@ -1,0 +1,269 @@
+//! Base and adapter merged into a folder in Hugging Face layout.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tune_formats::safetensors::{SafetensorsFiles, ShardedWriter, TensorEntry, TensorSpec};
+use tune_formats::{BaseModel, FormatError, ModelConfig, RopeScaling, Source};
+use tune_quant::{BlockType, RowOrder};
+
+use crate::merge::{self, MergedTensor, Values};
+use crate::retention::Effect;
+use crate::staging::{Staged, write_bytes};
+use crate::verify::Differences;
+use crate::{ExportError, ExportEvent, ExportRequest, Written, special_text};
+
+/// Largest file of a sharded model, as transformers writes it.
+const MAX_SHARD: usize = 5_000_000_000;
+
+/// Files of a Hugging Face base that go along unchanged.
+const COMPANIONS: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "LICENSE",
+];
+
+pub(crate) fn write(
+    request: &ExportRequest<'_>,
+    notes: &mut Vec<String>,
+    progress: &mut dyn FnMut(ExportEvent),
+) -> Result<Written, ExportError> {
+    let base = request.base;
+    let tensors = merge::tensors(base, request.adapter)?;
+    let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| spec(base, tensor)).collect();
+    let config = config_json(base, &specs)?;
+    let size = specs.iter().map(|spec| spec.byte_len().unwrap_or_default() as u64 + 256).sum::<u64>();
+    let staged = Staged::folder(request.out, size)?;
+    progress(ExportEvent::Started { tensors: specs.len(), bytes: size });
+
+    let mut writer = ShardedWriter::create(staged.path(), &specs, MAX_SHARD)?;
+    let mut effect = Effect::default();
+    for (done, (tensor, spec)) in (1..).zip(tensors.iter().zip(&specs)) {
+        effect += tensor
+            .encode(spec.block_type, RowOrder::Natural, |bytes| Ok(writer.write(&spec.name, bytes)?))?;
+        progress(ExportEvent::Wrote { done, tensors: specs.len() });
+    }
+    writer.finish()?;
+    write_bytes(&staged.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
+    write_companions(request, staged.path(), notes)?;
+    verify(staged.path(), request.out, &tensors, &specs, progress)?;
+    staged.publish()?;
+    Ok(Written { tensors: specs.len(), retention: effect.retention() })
+}
+
+/// A tensor keeps the 16- or 32-bit type of its base; what a GGUF base stores in blocks becomes F16, which holds
+/// decoded blocks more exactly than BF16 does.
+fn spec(base: &BaseModel, tensor: &MergedTensor<'_>) -> TensorSpec {
+    let block_type = match &tensor.values {
+        Values::Vector(_) => match &base.source {
+            Source::HfDirectory(directory) => directory.files().tensors().get(&tensor.name),
+            Source::Gguf(_) => None,
+        }
+        .and_then(TensorEntry::block_type)
+        .unwrap_or(BlockType::F32),
+        Values::Matrix(matrix) => {
+            matrix.base_type().filter(|block_type| !block_type.is_quantized()).unwrap_or(BlockType::F16)
+        }
+    };
+    TensorSpec { name: tensor.name.clone(), shape: tensor.shape(), block_type }
+}
+
+/// `config.json`: the base's own, or one for what a GGUF file says.
+fn config_json(base: &BaseModel, specs: &[TensorSpec]) -> Result<Value, ExportError> {
+    let mut config = match &base.source {
+        Source::HfDirectory(directory) => read_json(&directory.path().join("config.json"))?,
+        Source::Gguf(_) => config_of(base)?,
+    };
+    let matrices = specs.iter().filter(|spec| spec.shape.len() == 2).map(|spec| spec.block_type);
+    let dtype = match matrices.max_by_key(|block_type| block_type.block_bytes()) {
+        Some(BlockType::F16) => "float16",
+        Some(BlockType::BF16) => "bfloat16",
+        _ => "float32",
+    };
+    if let Some(keys) = config.as_object_mut() {
+        keys.remove("quantization_config");
+        keys.remove("dtype");
+        keys.insert("torch_dtype".to_owned(), dtype.into());
+        keys.insert(
+            "tie_word_embeddings".to_owned(),
+            (!specs.iter().any(|spec| spec.name == "lm_head.weight")).into(),
+        );
+    }
+    Ok(config)
+}
+
+fn config_of(base: &BaseModel) -> Result<Value, ExportError> {
+    let config = &base.config;
+    let mut json = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_position_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": false,
+        "bos_token_id": base.special.bos,
+        "eos_token_id": base.special.eos,
+        "pad_token_id": base.special.pad,
+    });
+    if let Some(scaling) = &config.rope_scaling {
+        json["rope_scaling"] = match scaling {
+            RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low_freq_factor,
+                "high_freq_factor": high_freq_factor,
+                "original_max_position_embeddings": original_max_position_embeddings,
+            }),
+            RopeScaling::Factors(factors) => {
+                known_scaling(config, factors).ok_or_else(|| FormatError::Tensor {
+                    name: "rope_freqs.weight".to_owned(),
+                    reason:
+                        "holds factors that no rope_scaling of config.json gives; export a GGUF file instead"
+                            .to_owned(),
+                })?
+            }
+        };
+    }
+    Ok(json)
+}
+
+/// The Llama 3 scaling that yields `factors`: 3.1 divides by 8, 3.2 by 32.
+fn known_scaling(config: &ModelConfig, factors: &[f32]) -> Option<Value> {
+    [8.0, 32.0].into_iter().find_map(|factor| {
+        let (low_freq_factor, high_freq_factor, original_max_position_embeddings) = (1.0, 4.0, 8192);
+        let scaling = RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        };
+        let candidate = ModelConfig { rope_scaling: Some(scaling), ..config.clone() }.rope_factors()?;
+        let equal = candidate.len() == factors.len()
+            && candidate.iter().zip(factors).all(|(a, b)| (a - b).abs() <= 1e-4 * b.abs());
+        equal.then(|| {
+            json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low_freq_factor,
+                "high_freq_factor": high_freq_factor,
+                "original_max_position_embeddings": original_max_position_embeddings,
+            })
+        })
+    })
+}
+
+/// Tokenizer, generation settings and chat template.
+fn write_companions(
+    request: &ExportRequest<'_>,
+    folder: &Path,
+    notes: &mut Vec<String>,
+) -> Result<(), ExportError> {
+    let base = request.base;
+    match &base.source {
+        Source::HfDirectory(directory) => {
+            for name in COMPANIONS {
+                let (from, to) = (directory.path().join(name), folder.join(name));
+                if from.is_file() {
+                    let bytes = fs::read(&from).map_err(|source| FormatError::Read { path: from, source })?;
+                    write_bytes(&to, &bytes)?;
+                }
+            }
+        }
+        Source::Gguf(_) => {
+            match request.options.tokenizer_json {
+                Some(text) => write_bytes(&folder.join("tokenizer.json"), text.as_bytes())?,
+                None => {
+                    notes.push("no tokenizer.json: the base keeps its tokenizer in GGUF metadata".to_owned());
+                }
+            }
+            let tokenizer_config = tokenizer_config(base)?;
+            write_bytes(&folder.join("tokenizer_config.json"), format!("{tokenizer_config:#}\n").as_bytes())?;
+            let generation = json!({
+                "bos_token_id": base.special.bos,
+                "eos_token_id": base.special.eos_ids,
+                "pad_token_id": base.special.pad,
+            });
+            write_bytes(&folder.join("generation_config.json"), format!("{generation:#}\n").as_bytes())?;
+        }
+    }
+    let copied = matches!(base.source, Source::HfDirectory(_)) && request.options.chat_template.is_none();
+    match request.options.chat_template.or(base.chat_template.as_deref()) {
+        Some(template) if !copied => write_bytes(&folder.join("chat_template.jinja"), template.as_bytes()),
+        _ => Ok(()),
+    }
+}
+
+fn tokenizer_config(base: &BaseModel) -> Result<Value, FormatError> {
+    let mut config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": base.config.max_position_embeddings,
+        "add_bos_token": base.special.add_bos,
+    });
+    for (key, id) in
+        [("bos_token", base.special.bos), ("eos_token", base.special.eos), ("pad_token", base.special.pad)]
+    {
+        if let Some(text) = special_text::text(&base.tokenizer, id)? {
+            config[key] = text.into();
+        }
+    }
+    Ok(config)
+}
+
+/// Reads the folder back through the project's own reader and compares every row.
+fn verify(
+    folder: &Path,
+    target: &Path,
+    tensors: &[MergedTensor<'_>],
+    specs: &[TensorSpec],
+    progress: &mut dyn FnMut(ExportEvent),
+) -> Result<(), ExportError> {
+    let mut differences = Differences::new(target);
+    let files = SafetensorsFiles::open_directory(folder)?;
+    if files.tensors().len() != specs.len() {
+        differences.push(format!("there are {} tensors, expected {}", files.tensors().len(), specs.len()));
+    }
+    for (done, (tensor, spec)) in (1..).zip(tensors.iter().zip(specs)) {
+        let (block_type, found) = files.data(&spec.name)?;
+        let mut at = 0;
+        tensor.encode(spec.block_type, RowOrder::Natural, |bytes| {
+            let found = found.get(at..at + bytes.len()).map(|found| (block_type, found));
+            let row = at / (spec.byte_len().unwrap_or(1) / spec.shape[0].max(1)).max(1);
+            differences.row(&spec.name, row, found, (spec.block_type, bytes));
+            at += bytes.len();
+            Ok(())
+        })?;
+        if at != found.len() {
+            differences.push(format!("{}: {} bytes, expected {at}", spec.name, found.len()));
+        }
+        progress(ExportEvent::Verified { done, tensors: specs.len() });
+    }
+    differences.finish()
+}
+
+fn read_json(path: &Path) -> Result<Value, FormatError> {
+    let bytes = fs::read(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&bytes).map_err(|source| FormatError::Json { path: path.to_owned(), source })
+}
