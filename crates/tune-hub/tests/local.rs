@@ -41,11 +41,32 @@ fn what_is_not_there_or_not_a_model_is_told_apart() {
         let error = resolve(&reference, &options).0.unwrap_err();
         text(&error, &[(&home.path().display().to_string(), "HOME")])
     };
-    insta::assert_snapshot!(shown("god.gguf"), @"");
-    insta::assert_snapshot!(shown("./nowhere"), @"");
-    insta::assert_snapshot!(shown("no/such.gguf"), @"");
-    insta::assert_snapshot!(shown("bad.gguf"), @"");
-    insta::assert_snapshot!(shown("empty.gguf"), @"");
-    insta::assert_snapshot!(shown("./empty"), @"");
-    insta::assert_snapshot!(shown("model.safetensors"), @"");
+    insta::assert_snapshot!(shown("god.gguf"), @r"
+    HOME/god.gguf: no such file
+    help: HOME has bad.gguf, empty.gguf, good.gguf
+    ");
+    insta::assert_snapshot!(shown("./nowhere"), @r"
+    HOME/./nowhere: no such folder
+    help: check the path
+    ");
+    insta::assert_snapshot!(shown("no/such.gguf"), @r"
+    HOME/no/such.gguf: no such file
+    help: the folder HOME/no does not exist either
+    ");
+    insta::assert_snapshot!(shown("bad.gguf"), @r#"
+    HOME/bad.gguf: not a GGUF file: expected the magic bytes "GGUF", got "PK\x03\x04"
+    help: name a .gguf file, or a folder in Hugging Face layout
+    "#);
+    insta::assert_snapshot!(shown("empty.gguf"), @r"
+    HOME/empty.gguf: the file is empty
+    help: name a .gguf file, or a folder in Hugging Face layout
+    ");
+    insta::assert_snapshot!(shown("./empty"), @r"
+    HOME/./empty: expected a folder in Hugging Face layout, it has no config.json
+    help: name the folder that holds config.json, tokenizer.json and *.safetensors, or a .gguf file
+    ");
+    insta::assert_snapshot!(shown("model.safetensors"), @r#"
+    HOME/model.safetensors: not a GGUF file: expected the magic bytes "GGUF", got "x"
+    help: name the folder that the file is in, not the file
+    "#);
 }

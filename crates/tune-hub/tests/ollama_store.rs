@@ -118,10 +118,22 @@ fn models_without_trainable_weights_say_why() {
     let shown = |name: &str| {
         text(&resolve_text(name, &options).unwrap_err(), &[(&store.display().to_string(), "STORE")])
     };
-    insta::assert_snapshot!(shown("ollama:adapted"), @"");
-    insta::assert_snapshot!(shown("ollama:cloudy"), @"");
-    insta::assert_snapshot!(shown("ollama:tensors"), @"");
-    insta::assert_snapshot!(shown("ollama:split"), @"");
+    insta::assert_snapshot!(shown("ollama:adapted"), @r"
+    ollama:adapted:latest: it is a base model with an adapter on top, and only a base can be trained
+    help: name its base instead; `ollama show --modelfile adapted:latest` shows it in the FROM line (and the adapter in the ADAPTER line)
+    ");
+    insta::assert_snapshot!(shown("ollama:cloudy"), @r"
+    ollama:cloudy:latest: it runs on https://ollama.com:443, there are no weights here
+    help: choose a local variant: `ollama pull cloudy` without `cloud` in the tag
+    ");
+    insta::assert_snapshot!(shown("ollama:tensors"), @r"
+    ollama:tensors:latest: expected GGUF weights, got safetensors
+    help: take the same model from the Hub: hf:OWNER/REPO
+    ");
+    insta::assert_snapshot!(shown("ollama:split"), @r"
+    ollama:split:latest: its weights are in 2 layers, expected 1
+    help: update Ollama (0.30 or later merges split files) and run `ollama pull split:latest`
+    ");
     assert!(shown("ollama:text").contains("expected the magic bytes \"GGUF\", got \"text\""));
 }
 
@@ -140,9 +152,15 @@ fn a_damaged_store_is_noticed() {
     };
 
     fs::write(&file, &gguf(100)[..50]).unwrap();
-    insta::assert_snapshot!(shown(), @"");
+    insta::assert_snapshot!(shown(), @r"
+    STORE/blobs/BLOB: expected 104 bytes, got 50
+    help: the store is damaged; fetch the model again: ollama pull tiny:latest
+    ");
     fs::remove_file(&file).unwrap();
-    insta::assert_snapshot!(shown(), @"");
+    insta::assert_snapshot!(shown(), @r"
+    ollama:tiny:latest: layer DIGEST: STORE/blobs/BLOB is missing
+    help: the store is damaged; fetch the model again: ollama pull tiny:latest
+    ");
 
     // a digest is part of a path: it may hold nothing but its digits
     let evil = json!({"mediaType": layer["mediaType"], "digest": "sha256:../../../etc/passwd", "size": 1});

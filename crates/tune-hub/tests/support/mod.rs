@@ -44,11 +44,20 @@ pub fn resolve_text(reference: &str, options: &Options) -> Result<Resolved, HubE
 /// Message and help, with what differs between runs replaced.
 pub fn text(error: &HubError, replace: &[(&str, &str)]) -> String {
     let help = error.help().map_or_else(|| "none".to_owned(), |help| help.to_string());
-    replace.iter().fold(format!("{error}\nhelp: {help}"), |text, (from, to)| text.replace(from, to))
+    let text =
+        replace.iter().fold(format!("{error}\nhelp: {help}"), |text, (from, to)| text.replace(from, to));
+    // "Connection refused (os error 111)": the number is the platform's
+    let parts: Vec<&str> = text.split(" (os error ").collect();
+    let rest = parts[1..].iter().map(|part| part.split_once(')').map_or(*part, |(_, rest)| rest));
+    parts[..1].iter().copied().chain(rest).collect()
 }
 
 pub fn sha256(data: &[u8]) -> String {
-    Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(data)
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .map(|digit| b"0123456789abcdef"[usize::from(digit)] as char)
+        .collect()
 }
 
 /// A GGUF-like file: the magic and `len` further bytes that are not all alike.
@@ -238,7 +247,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
 }
 
 fn is_large(name: &str) -> bool {
-    name.ends_with(".gguf") || name.ends_with(".safetensors")
+    Path::new(name).extension().is_some_and(|extension| extension == "gguf" || extension == "safetensors")
 }
 
 fn listed(name: &str, contents: &[u8]) -> serde_json::Value {
