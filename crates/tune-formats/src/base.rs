@@ -80,6 +80,8 @@ impl BaseModel {
                 hash.update(&bytes[..bytes.len().min(DIGEST_BYTES)]);
             }
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        let digest = hash.finalize();
+        let digits = digest.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        Ok(digits.map(|digit| char::from_digit(digit.into(), 16).unwrap_or_default()).collect())
     }
 }

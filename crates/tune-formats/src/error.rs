@@ -314,11 +314,14 @@ impl fmt::Display for TensorProblem {
 
 /// The first problems, one a line, and a count of the rest.
 fn listed<T: fmt::Display>(items: &[T]) -> String {
-    let mut text = items.iter().take(LISTED).map(ToString::to_string).collect::<Vec<_>>().join("\n  ");
+    let mut lines = items.iter().take(LISTED).map(ToString::to_string).collect::<Vec<_>>();
     if items.len() > LISTED {
-        text += &format!("\n  (and {} more)", items.len() - LISTED);
+        lines.push(format!("(and {} more)", items.len() - LISTED));
     }
-    text
+    lines.join(
+        "
+  ",
+    )
 }
 
 #[cfg(test)]

@@ -334,6 +334,7 @@ impl Factors {
 
 /// `adapter_config.json` as PEFT writes it; absent keys have PEFT's defaults.
 #[derive(Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "the keys of the file")]
 struct RawConfig {
     peft_type: String,
     base_model_name_or_path: Option<String>,

@@ -89,6 +89,8 @@ fn missing_files_are_named() {
     assert!(failure(open(dir.path())).contains("neither model.safetensors nor"));
     fs::remove_file(dir.path().join("config.json")).expect("removed");
     assert!(failure(open(dir.path())).contains("no config.json"));
+    fs::write(dir.path().join("model-q8_0.gguf"), "GGUF").expect("written");
+    assert!(failure(open(dir.path())).contains("passed itself: model-q8_0.gguf"));
     assert!(failure(open(&dir.path().join("nowhere"))).contains("cannot read"));
     assert!(failure(open(&fixture("peft/initial"))).contains("PEFT adapter"));
 }
@@ -264,7 +266,7 @@ fn unusable_adapters_say_everything() {
 fn a_target_pattern_is_resolved_from_the_tensors() {
     let dir = copy("peft/initial");
     change_json(&dir.path().join("adapter_config.json"), |config| {
-        config["target_modules"] = "all-linear".into()
+        config["target_modules"] = "all-linear".into();
     });
     let targets = peft::read(dir.path()).expect("read").config.target_modules;
     assert_eq!(targets, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]);

@@ -122,9 +122,7 @@ fn hyper(keys: &mut Keys<'_>, file: &GgufFile, architecture: Architecture) -> Mo
 fn rope_scaling(keys: &mut Keys<'_>, file: &GgufFile, head_dim: usize) -> Option<RopeScaling> {
     let factor = match keys.text("rope.scaling.type") {
         Some("none") => None,
-        None | Some("linear") => {
-            keys.float("rope.scaling.factor").filter(|&factor| factor != 0.0 && factor != 1.0)
-        }
+        None | Some("linear") => keys.float("rope.scaling.factor").filter(|&factor| factor != 0.0),
         Some(other) => {
             keys.problem(format!("rope.scaling.type is \"{other}\", supported are none and linear"));
             None
@@ -154,7 +152,9 @@ fn rope_scaling(keys: &mut Keys<'_>, file: &GgufFile, head_dim: usize) -> Option
         keys.problem("rope_freqs.weight holds values that are not positive".to_owned());
     }
     let linear = factor.unwrap_or(1.0) as f32;
-    factors.iter_mut().for_each(|value| *value *= linear);
+    for value in &mut factors {
+        *value *= linear;
+    }
     Some(RopeScaling::Factors(factors))
 }
 
@@ -204,7 +204,7 @@ impl<'a> Keys<'a> {
             },
             value => value.as_unsigned(),
         };
-        let usable = count.filter(|&count| count <= u64::from(u32::MAX));
+        let usable = count.and_then(|count| u32::try_from(count).ok());
         if usable.is_none() {
             self.problem(format!("{}.{key} is {value:?}, expected a u32", self.prefix));
         }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::{BaseModel, FormatError, Source, TokenizerFiles};
 
 mod config;
+mod cursor;
 pub mod names;
 mod reader;
 mod split;
@@ -20,6 +21,7 @@ mod writer;
 
 pub use config::hyper_parameters;
 pub use reader::{GgufFile, TensorInfo};
+pub use tokenizer::read_tokenizer;
 pub use value::{Array, Metadata, Value};
 pub use weights::GgufWeights;
 pub use writer::{GgufWriter, TensorSpec};
@@ -38,7 +40,7 @@ pub fn open(path: &Path) -> Result<BaseModel, FormatError> {
         return Err(FormatError::NotAModelGguf { path: path.to_owned(), found: kind.to_owned() });
     }
     let config = config::read(&file)?;
-    let (tokenizer, special) = tokenizer::read(&file)?;
+    let (tokenizer, special) = read_tokenizer(&file)?;
     let weights = GgufWeights::new(Arc::clone(&file), &config)?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     Ok(BaseModel {

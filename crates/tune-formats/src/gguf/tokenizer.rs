@@ -33,7 +33,7 @@ const ENDING_KEYS: [&str; 6] = [
 ///
 /// # Errors
 /// All missing and contradictory tables at once.
-pub(super) fn read(file: &GgufFile) -> Result<(GgufTokenizer, SpecialTokens), FormatError> {
+pub fn read_tokenizer(file: &GgufFile) -> Result<(GgufTokenizer, SpecialTokens), FormatError> {
     let mut problems = Vec::new();
     let tokenizer = tables(file, &mut problems);
     let special = special(file, &tokenizer);

@@ -22,9 +22,12 @@ pub(super) struct HfConfig {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct TokenIds {
-    pub(super) bos_token_id: Option<Ids>,
-    pub(super) eos_token_id: Option<Ids>,
-    pub(super) pad_token_id: Option<Ids>,
+    #[serde(rename = "bos_token_id")]
+    pub(super) bos: Option<Ids>,
+    #[serde(rename = "eos_token_id")]
+    pub(super) eos: Option<Ids>,
+    #[serde(rename = "pad_token_id")]
+    pub(super) pad: Option<Ids>,
 }
 
 /// One id or several. Negative ones, which some files use for "none", are kept apart from valid ones on access.
@@ -75,9 +78,13 @@ struct Raw {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Rope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
+    #[serde(rename = "rope_type")]
+    kind: Option<String>,
+    /// Older than `rope_type`; many files have both.
+    #[serde(rename = "type")]
+    old_kind: Option<String>,
+    #[serde(rename = "rope_theta")]
+    theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
@@ -139,29 +146,27 @@ fn model(raw: &Raw, problems: &mut Vec<String>) -> ModelConfig {
         num_key_value_heads: raw.num_key_value_heads.unwrap_or(num_attention_heads),
         head_dim,
         rms_norm_eps: raw.rms_norm_eps.unwrap_or(1e-6),
-        rope_theta: rope.and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0),
-        rope_scaling: rope.and_then(|rope| scaling(rope, max_position_embeddings, problems)),
+        rope_theta: rope.and_then(|rope| rope.theta).or(raw.rope_theta).unwrap_or(10_000.0),
+        rope_scaling: rope.and_then(|rope| scaling(rope, problems)),
         max_position_embeddings,
         tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
         attention_bias: raw.attention_bias.unwrap_or(false),
     }
 }
 
-fn scaling(rope: &Rope, max_position_embeddings: usize, problems: &mut Vec<String>) -> Option<RopeScaling> {
-    if rope.partial_rotary_factor.is_some_and(|factor| factor != 1.0) {
+fn scaling(rope: &Rope, problems: &mut Vec<String>) -> Option<RopeScaling> {
+    if rope.partial_rotary_factor.is_some_and(|factor| (factor - 1.0).abs() > f64::EPSILON) {
         problems.push("partial_rotary_factor other than 1 is not supported".to_owned());
     }
-    let kind = rope.rope_type.as_deref().unwrap_or("default");
+    let kind = rope.kind.as_deref().or(rope.old_kind.as_deref()).unwrap_or("default");
     let scaling = match kind {
         "default" => return None,
-        "linear" => RopeScaling::Linear { factor: rope.factor? },
+        "linear" => RopeScaling::Linear { factor: rope.factor.unwrap_or(f64::NAN) },
         "llama3" => RopeScaling::Llama3 {
             factor: rope.factor.unwrap_or(8.0),
             low_freq_factor: rope.low_freq_factor.unwrap_or(1.0),
             high_freq_factor: rope.high_freq_factor.unwrap_or(4.0),
-            original_max_position_embeddings: rope
-                .original_max_position_embeddings
-                .unwrap_or(max_position_embeddings.min(8192)),
+            original_max_position_embeddings: rope.original_max_position_embeddings.unwrap_or(8192),
         },
         _ => {
             problems.push(format!(
@@ -245,6 +250,15 @@ mod tests {
             old.rope_scaling,
             Some(RopeScaling::Llama3 { original_max_position_embeddings: 8192, .. })
         ));
+    }
+
+    #[test]
+    fn both_spellings_of_the_kind_may_be_there() {
+        let mut config = base();
+        config["rope_scaling"] = serde_json::json!({ "type": "linear", "rope_type": "linear", "factor": 4 });
+        assert_eq!(parse(&config).expect("both").rope_scaling, Some(RopeScaling::Linear { factor: 4.0 }));
+        config["rope_scaling"] = serde_json::json!({ "type": "linear" });
+        assert!(parse(&config).expect_err("no factor").to_string().contains("unusable"));
     }
 
     #[test]

@@ -45,7 +45,13 @@ pub fn open(path: &Path) -> Result<BaseModel, FormatError> {
         if path.join("adapter_config.json").exists() {
             return Err(not_a_model("it holds a PEFT adapter, expected the base model"));
         }
-        return Err(not_a_model("the directory has no config.json"));
+        let reason = match first_gguf(path) {
+            Some(file) => {
+                format!("the directory has no config.json, but a GGUF file that can be passed itself: {file}")
+            }
+            None => "the directory has no config.json".to_owned(),
+        };
+        return Err(not_a_model(&reason));
     }
     let (mut config, ids) = config::read(&path.join("config.json"))?;
     let files = Arc::new(SafetensorsFiles::open_directory(path)?);
@@ -61,6 +67,13 @@ pub fn open(path: &Path) -> Result<BaseModel, FormatError> {
         special: tokenizer.special,
         source: Source::HfDirectory(Arc::new(HfDirectory { path: path.to_owned(), files })),
     })
+}
+
+/// Name of the first GGUF file in a directory, in alphabetical order.
+fn first_gguf(directory: &Path) -> Option<String> {
+    let paths = std::fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path());
+    let files = paths.filter(|path| path.extension().is_some_and(|extension| extension == "gguf")).min();
+    files?.file_name().map(|name| name.to_string_lossy().into_owned())
 }
 
 /// `OWNER/REPO` for a directory of the Hub's cache, otherwise the name of the directory.

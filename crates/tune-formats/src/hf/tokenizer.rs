@@ -114,12 +114,12 @@ fn special(
         let named = named.as_ref().and_then(|token| by_text(token.text()));
         named.or_else(|| first(in_config)).or_else(|| first(in_generation))
     };
-    let bos = role(&tokenizer.bos_token, &config.bos_token_id, &generation.bos_token_id);
-    let eos = role(&tokenizer.eos_token, &config.eos_token_id, &generation.eos_token_id);
-    let pad = role(&tokenizer.pad_token, &config.pad_token_id, &generation.pad_token_id);
+    let bos = role(&tokenizer.bos_token, &config.bos, &generation.bos);
+    let eos = role(&tokenizer.eos_token, &config.eos, &generation.eos);
+    let pad = role(&tokenizer.pad_token, &config.pad, &generation.pad);
     let eot = END_OF_TURN.into_iter().find_map(by_text);
 
-    let listed = [&config.eos_token_id, &generation.eos_token_id];
+    let listed = [&config.eos, &generation.eos];
     let mut eos_ids = listed.into_iter().flatten().flat_map(Ids::list).collect::<Vec<_>>();
     eos_ids.extend(eos.into_iter().chain(eot));
     eos_ids.extend(END_OF_TURN.into_iter().chain(END_OF_GENERATION).filter_map(by_text));

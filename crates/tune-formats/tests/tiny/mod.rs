@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use tune_formats::gguf::{GgufWriter, Metadata, TensorSpec, Value};
-use tune_quant::BlockType;
+use tune_quant::BlockType::{self, F16, F32, Q8_0};
 
 pub const D_MODEL: usize = 32;
 pub const D_FF: usize = 64;
@@ -53,7 +53,6 @@ pub fn spec(name: &str, dims: &[usize], block_type: BlockType) -> TensorSpec {
 
 pub fn specs() -> Vec<TensorSpec> {
     let (q, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-    use BlockType::{F16, F32, Q8_0};
     vec![
         spec("token_embd.weight", &[D_MODEL, VOCAB], Q8_0),
         spec("blk.0.attn_norm.weight", &[D_MODEL], F32),
