@@ -22,9 +22,8 @@ lint:
 quickstart *args:
     cargo run --release -- train recipes/quickstart.toml {{ args }}
 
-# Compare with a real llama.cpp over a real model.
+# Compare with a real llama.cpp and PEFT over a real model; the first run fetches them.
 e2e:
-    tests/e2e/setup.sh --with-model
     cargo test -p tune --test e2e
 
 # The whole pipeline, as on a fresh clone.
