@@ -26,3 +26,28 @@ pub fn embedding(w: &FrozenWeight, ids: &[u32], device: &Device) -> Tensor<2> {
     }
     Tensor::from_data(TensorData::new(values, [ids.len(), d_model]), device)
 }
+
+#[cfg(test)]
+mod tests {
+    use tune_quant::BlockType;
+
+    use super::*;
+    use crate::testing::{frozen, values};
+
+    #[test]
+    fn rows_of_the_table_in_the_order_asked_for() {
+        let w = frozen(BlockType::Q8_0, [6, 32]);
+        let device = Device::flex();
+        let got = embedding(&w, &[5, 0, 5], &device);
+        let want = w.decode(&device);
+        let row = |i: usize| want.clone().slice([i..i + 1]);
+        assert_eq!(values(got), values(Tensor::cat(vec![row(5), row(0), row(5)], 0)));
+        assert_eq!(embedding(&w, &[], &device).dims(), [0, 32]);
+    }
+
+    #[test]
+    #[should_panic(expected = "token id 6 in a vocabulary of 6")]
+    fn an_unknown_id_is_refused() {
+        embedding(&frozen(BlockType::Q8_0, [6, 32]), &[6], &Device::flex());
+    }
+}

@@ -13,6 +13,7 @@
 //! ([`FrozenWeight`], [`FrozenVector`], [`RotaryTable`]), so it serves both kinds and is shared, not copied.
 //! Results are deterministic for a given number of threads: every sum has a fixed order.
 
+mod cpu;
 mod embedding;
 mod frozen;
 
@@ -23,6 +24,9 @@ pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+
+#[cfg(test)]
+mod testing;
 
 pub use attention::{AttentionSpan, causal_attention};
 pub use embedding::embedding;

@@ -1,0 +1,59 @@
+//! What the CPU kernels share: matrix products, buffers, vectorised loops, and access to flex tensors.
+//!
+//! Kernels work on plain slices. A loop written inside [`vectorised!`] is compiled once for the baseline of the
+//! target and again for AVX2 and AVX-512, and the widest version that the processor has is chosen at run time.
+//! No version uses fused multiply-add, so they all give the same bits.
+
+mod buffer;
+mod flex;
+mod math;
+mod matmul;
+mod panels;
+
+pub(crate) use buffer::{SharedSlots, Unwritten, as_slots, with_scratch};
+pub(crate) use flex::{contiguous, from_values, values};
+pub(crate) use math::{dot, dot3, exp, exp_sum, max, scale_in_place, sum_of_exp};
+pub(crate) use matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
+pub(crate) use panels::{for_each_panel, panel_rows, times, times_transposed};
+
+/// Compiles a function for the baseline, for AVX2 and for AVX-512, and calls the best one at run time.
+macro_rules! vectorised {
+    ($(
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+    )+) => {$(
+        $(#[$meta])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn portable($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    portable($($arg),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    portable($($arg),*)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: the processor has every feature that the function is compiled for.
+                    #[allow(unsafe_code)]
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the processor has the feature that the function is compiled for.
+                    #[allow(unsafe_code)]
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            portable($($arg),*)
+        }
+    )+};
+}
+pub(crate) use vectorised;

@@ -1,0 +1,117 @@
+//! Buffers that are not cleared before they are written, and scratch space that is kept between calls.
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+
+/// A new vector of which every element is still to be written. Clearing the outputs of a step first would cost
+/// as much memory traffic as the element-wise kernels themselves.
+pub(crate) struct Unwritten {
+    values: Vec<f32>,
+    len: usize,
+}
+
+impl Unwritten {
+    pub(crate) fn new(len: usize) -> Self {
+        let mut values = Vec::with_capacity(len);
+        if cfg!(test) {
+            // An element that a kernel forgets shows as NaN.
+            values.resize(len, f32::NAN);
+            values.clear();
+        }
+        Self { values, len }
+    }
+
+    /// The elements, to be written.
+    pub(crate) fn slots(&mut self) -> &mut [MaybeUninit<f32>] {
+        &mut self.values.spare_capacity_mut()[..self.len]
+    }
+
+    /// The finished vector.
+    ///
+    /// # Safety
+    /// Every slot must have been written.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn written(mut self) -> Vec<f32> {
+        // SAFETY: the capacity is at least `len`, and the caller has written the first `len` elements.
+        unsafe { self.values.set_len(self.len) };
+        self.values
+    }
+}
+
+/// Written values as slots that can be written again.
+pub(crate) fn as_slots(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: same layout. The slots are only ever given values, never made uninitialised: nothing in this crate
+    // writes `MaybeUninit::uninit()`.
+    #[allow(unsafe_code)]
+    unsafe {
+        &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<f32>])
+    }
+}
+
+/// Slots that several tasks write at once, each its own interleaved part (a head's columns, say).
+#[derive(Clone, Copy)]
+pub(crate) struct SharedSlots<'a> {
+    start: *mut MaybeUninit<f32>,
+    len: usize,
+    borrow: PhantomData<&'a mut [MaybeUninit<f32>]>,
+}
+
+// SAFETY: a `SharedSlots` is a mutable borrow of plain floats; only `from` touches them, and its contract rules
+// out two tasks with the same element.
+#[allow(unsafe_code)]
+unsafe impl Send for SharedSlots<'_> {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for SharedSlots<'_> {}
+
+impl<'a> SharedSlots<'a> {
+    pub(crate) fn new(slots: &'a mut [MaybeUninit<f32>]) -> Self {
+        Self { start: slots.as_mut_ptr(), len: slots.len(), borrow: PhantomData }
+    }
+
+    /// A pointer to the element at `offset`, with the number of elements from there to the end.
+    ///
+    /// # Safety
+    /// While the pointer is used, no other task may touch the elements that are reached through it.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn from(self, offset: usize) -> (*mut f32, usize) {
+        assert!(offset <= self.len, "offset {offset} in {} elements", self.len);
+        // SAFETY: `offset` is within the borrowed slice or one past its end.
+        (unsafe { self.start.add(offset) }.cast(), self.len - offset)
+    }
+}
+
+thread_local! {
+    /// Scratch buffers of this thread that are not in use.
+    static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `work` with `len` floats of scratch space, whose contents are unspecified. The memory stays with the
+/// thread for the next call. Calls may nest, also through tasks that a waiting thread picks up.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut buffer = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    let result = work(&mut buffer[..len]);
+    FREE.with_borrow_mut(|free| free.push(buffer));
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nested_scratch_buffers_are_distinct_and_reused() {
+        let first = with_scratch(8, |outer| {
+            outer.fill(1.0);
+            with_scratch(8, |inner| inner.fill(2.0));
+            assert_eq!(outer, [1.0; 8]);
+            outer.as_ptr() as usize
+        });
+        let second = with_scratch(4, |again| again.as_ptr() as usize);
+        assert_eq!(first, second);
+    }
+}

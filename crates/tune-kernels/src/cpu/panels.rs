@@ -1,0 +1,104 @@
+//! Products with a frozen matrix, decoded one panel of rows at a time.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use rayon::prelude::*;
+use tune_quant::{BlockType, RowOrder, Storage, StoredMatrix};
+
+use super::buffer::with_scratch;
+use super::math::dot;
+use super::matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
+
+/// Floats of a decoded panel: 2 MiB, small enough for the last-level cache, large enough that waiting for the
+/// other threads after each panel costs nothing.
+const PANEL_FLOATS: usize = 512 * 1024;
+const MIN_PANEL_ROWS: usize = 32;
+
+/// Up to this many rows of `x` a product is limited by decoding: then each row of the weight is decoded and used
+/// at once, instead of being written to a panel.
+const FEW_ROWS: usize = 4;
+
+/// Calls `work` with consecutive panels of rows of `w` and the range of rows that each holds.
+pub(crate) fn for_each_panel(w: &StoredMatrix, mut work: impl FnMut(Range<usize>, View)) {
+    let (rows, cols) = (w.rows(), w.cols());
+    let panel_rows = panel_rows(cols);
+    let ranges = (0..rows).step_by(panel_rows).map(|start| start..rows.min(start + panel_rows));
+    if let Some(values) = as_floats(w) {
+        let whole = View::new(values, rows, cols);
+        return ranges.for_each(|range| work(range.clone(), whole.slice_rows(range)));
+    }
+    with_scratch(panel_rows.min(rows) * cols, |panel| {
+        for range in ranges {
+            let panel = &mut panel[..range.len() * cols];
+            panel.par_chunks_exact_mut(cols).enumerate().with_min_len(8).for_each(|(i, row)| {
+                w.decode_row(range.start + i, row);
+            });
+            work(range.clone(), View::new(panel, range.len(), cols));
+        }
+    });
+}
+
+/// Rows of a panel of a matrix with `cols` columns.
+pub(crate) fn panel_rows(cols: usize) -> usize {
+    (PANEL_FLOATS / cols.max(1) / MIN_PANEL_ROWS).max(1) * MIN_PANEL_ROWS
+}
+
+/// `out = x Wᵀ`, with x `[m, d_in]`, W `[d_out, d_in]`, out `[m, d_out]`. After each panel of W, `finish` is
+/// called with its rows and the columns of `out` that they have filled.
+pub(crate) fn times_transposed(
+    x: View,
+    w: &StoredMatrix,
+    out: &mut [MaybeUninit<f32>],
+    mut finish: impl FnMut(Range<usize>, &mut ViewMut),
+) {
+    let (m, d_out) = (x.rows(), w.rows());
+    if m <= FEW_ROWS {
+        let mut out = few_rows_times_transposed(x, w, Target::new(out, m, d_out));
+        finish(0..d_out, &mut out);
+        return;
+    }
+    for_each_panel(w, |rows, panel| {
+        let columns = Target::strided(&mut out[rows.start..], m, rows.len(), d_out);
+        finish(rows, &mut multiply(columns, 1.0, x, panel.t(), Threads::All));
+    });
+}
+
+/// `out = y W`, with y `[m, d_out]`, W `[d_out, d_in]`, out `[m, d_in]`.
+pub(crate) fn times<'a>(y: View, w: &StoredMatrix, out: &'a mut [MaybeUninit<f32>]) -> ViewMut<'a> {
+    let mut out = Target::new(out, y.rows(), w.cols()).fill_with(|_, _| 0.0);
+    for_each_panel(w, |rows, panel| {
+        multiply_add(&mut out, 1.0, y.slice_cols(rows), panel, Threads::All);
+    });
+    out
+}
+
+/// [`times_transposed`] for so few rows of `x` that decoding W is most of the work: each row of W is decoded into
+/// the first-level cache and used at once.
+fn few_rows_times_transposed<'a>(x: View, w: &StoredMatrix, out: Target<'a>) -> ViewMut<'a> {
+    let (m, d_in, d_out) = (x.rows(), w.cols(), w.rows());
+    with_scratch(d_out * m, |products| {
+        products.par_chunks_exact_mut(m.max(1)).enumerate().with_min_len(32).for_each_init(
+            || vec![0.0; d_in],
+            |row, (i, products)| {
+                w.decode_row(i, row);
+                for (t, product) in products.iter_mut().enumerate() {
+                    *product = dot(x.row(t), row);
+                }
+            },
+        );
+        out.fill_with(|t, i| products[i * m + t])
+    })
+}
+
+/// The values of a matrix that is stored as `f32` in natural order: it needs no decoding.
+fn as_floats(w: &StoredMatrix) -> Option<&[f32]> {
+    match w.storage() {
+        Storage::Blocks { block_type: BlockType::F32, bytes }
+            if cfg!(target_endian = "little") && w.row_order() == RowOrder::Natural =>
+        {
+            bytemuck::try_cast_slice(bytes).ok()
+        }
+        _ => None,
+    }
+}
