@@ -9,6 +9,7 @@ mod exit;
 mod inputs;
 mod loss_plot;
 mod model;
+mod machine;
 mod memory_gate;
 mod progress;
 mod samples;
@@ -31,7 +32,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    tune_kernels::tune_allocator();
+    machine::keep_freed_memory();
     let cli = Cli::parse();
     match commands::run(cli.command) {
         Ok(code) => code,

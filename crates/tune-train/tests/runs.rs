@@ -1,0 +1,263 @@
+//! Whole runs over the tiny fixture model: what they write, that they learn, and that they resume bit for bit.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tune_data::{BatchOptions, Batcher, Sample};
+use tune_formats::{BaseModel, peft};
+use tune_recipe::RunSpec;
+use tune_train::{Event, Finish, RunFolder, Setup, StepMetrics, TrainError, checkpoint, sft};
+
+fn base() -> BaseModel {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models/llama-tied");
+    tune_formats::open(&path).expect("fixture model opens")
+}
+
+/// A recipe with `changes` to its sections.
+fn spec(changes: &[&str]) -> RunSpec {
+    let recipe = r#"
+        version = 1
+        [model]
+        base = "fixture"
+        [adapter]
+        type = "lora"
+        r = 4
+        lora_dropout = 0.1
+        [[data]]
+        path = "rows.jsonl"
+        [data_options]
+        sequence_len = 48
+        [train]
+        max_steps = 12
+        micro_batch_size = 1
+        effective_batch_size = 2
+        learning_rate = 5e-3
+        seed = 5
+        [checkpoint]
+        save_steps = 4
+        [eval]
+        eval_steps = 3
+    "#;
+    let overrides: Vec<_> = changes.iter().map(|change| tune_recipe::Override::set(*change)).collect();
+    tune_recipe::parse("test.toml", recipe, &overrides).expect("valid recipe")
+}
+
+/// Rows that count upwards from different ids: easy to learn, impossible to guess.
+fn rows(count: u32) -> Vec<Sample> {
+    let row = |n: u32| {
+        let ids: Vec<u32> = (0..8 + n % 9).map(|i| 10 + (n * 7 + i * 3) % 300).collect();
+        let trained = ids.iter().enumerate().map(|(at, _)| at > 2).collect();
+        Sample::new(ids, trained)
+    };
+    (0..count).map(row).collect()
+}
+
+fn batcher(spec: &RunSpec, samples: Vec<Sample>) -> Batcher {
+    let options = BatchOptions {
+        sequence_len: spec.data_options.sequence_len,
+        micro_batch_size: spec.train.micro_batch_size,
+        packing: spec.data_options.packing,
+        shuffle: spec.train.shuffle,
+        seed: spec.train.seed,
+    };
+    Batcher::new(samples, options).expect("short rows")
+}
+
+struct Run {
+    finish: Finish,
+    steps: Vec<StepMetrics>,
+}
+
+/// Trains in `folder`; stops as by Ctrl-C once `stop_after` steps are taken.
+fn train(
+    spec: &RunSpec,
+    folder: &RunFolder,
+    resume_from: Option<PathBuf>,
+    stop_after: Option<usize>,
+) -> Result<Run, TrainError> {
+    fs::create_dir_all(folder.root()).expect("run folder");
+    let stop = AtomicBool::new(stop_after == Some(0));
+    let setup = Setup {
+        spec,
+        base: &base(),
+        train: batcher(spec, rows(24)),
+        validation: batcher(spec, rows(4)),
+        folder: folder.clone(),
+        resume_from,
+        stop: &stop,
+    };
+    let mut steps = Vec::new();
+    let outcome = sft(&setup, &mut |event| {
+        if let Event::Step(metrics) = event {
+            stop.store(stop_after == Some(metrics.step), Ordering::Relaxed);
+            steps.push(metrics);
+        }
+    })?;
+    Ok(Run { finish: outcome.finish, steps })
+}
+
+fn folder(root: &Path, name: &str) -> RunFolder {
+    RunFolder::new(root.join(name))
+}
+
+fn adapter_bytes(folder: &RunFolder) -> Vec<u8> {
+    fs::read(folder.adapter().join("adapter_model.safetensors")).expect("trained adapter")
+}
+
+/// What must repeat: everything but times and memory.
+fn course(steps: &[StepMetrics]) -> Vec<(usize, u64, u64, Option<u64>)> {
+    steps
+        .iter()
+        .map(|m| (m.step, m.loss.to_bits(), m.grad_norm.to_bits(), m.val_loss.map(f64::to_bits)))
+        .collect()
+}
+
+#[test]
+fn a_run_learns_and_writes_its_folder() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let folder = folder(dir.path(), "run");
+    let run = train(&spec(&["train.max_steps=40"]), &folder, None, None).expect("trains");
+    assert_eq!(run.finish, Finish::Completed);
+    let (first, last) = (run.steps[0].loss, run.steps[39].loss);
+    assert!(last < 0.7 * first, "loss went from {first} to {last}");
+    let validated = |m: &&StepMetrics| m.val_loss.is_some();
+    assert_eq!(run.steps.iter().filter(validated).count(), 14); // every third and the last
+
+    assert_eq!(course(&folder.read_metrics().expect("metrics")), course(&run.steps));
+    let adapter = peft::read(&folder.adapter()).expect("PEFT folder");
+    assert_eq!(adapter.layers.len(), 21);
+    assert_eq!(adapter.config.base_digest, Some(base().digest().expect("digest")));
+    let kept = fs::read_dir(folder.checkpoints()).expect("checkpoints").count();
+    assert_eq!(kept, 2, "save_total_limit");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run_and_another_does_not() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let run = |name: &str, seed: &str| {
+        let folder = folder(dir.path(), name);
+        let run = train(&spec(&[seed, "train.max_steps=4"]), &folder, None, None).expect("trains");
+        (course(&run.steps), adapter_bytes(&folder))
+    };
+    assert_eq!(run("a", "train.seed=1"), run("b", "train.seed=1"));
+    assert_ne!(run("c", "train.seed=1").0, run("d", "train.seed=2").0);
+}
+
+#[test]
+fn an_interrupted_run_goes_on_as_if_it_had_never_stopped() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let whole = folder(dir.path(), "whole");
+    let uninterrupted = train(&spec(&[]), &whole, None, None).expect("trains");
+
+    let parts = folder(dir.path(), "parts");
+    let first = train(&spec(&[]), &parts, None, Some(5)).expect("stops");
+    assert_eq!((first.finish, first.steps.len()), (Finish::Interrupted, 5));
+    assert!(!parts.is_finished());
+    let second = train(&spec(&[]), &parts, checkpoint::newest(&parts), Some(7)).expect("stops again");
+    assert_eq!(second.steps[0].step, 6);
+    let third = train(&spec(&[]), &parts, checkpoint::newest(&parts), None).expect("finishes");
+    assert_eq!(third.finish, Finish::Completed);
+
+    assert_eq!(course(&parts.read_metrics().expect("metrics")), course(&uninterrupted.steps));
+    assert!(adapter_bytes(&parts) == adapter_bytes(&whole), "the adapters differ");
+}
+
+#[test]
+fn a_killed_run_repeats_the_steps_after_its_last_checkpoint() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let whole = folder(dir.path(), "whole");
+    let uninterrupted = train(&spec(&[]), &whole, None, None).expect("trains");
+
+    // What a kill after step 10 leaves: metrics of ten steps, checkpoints of 4 and 8, half of another.
+    let killed = folder(dir.path(), "killed");
+    train(&spec(&[]), &killed, None, Some(10)).expect("stops");
+    fs::remove_dir_all(killed.checkpoints().join("step-000010")).expect("not saved by a kill");
+    fs::create_dir_all(killed.checkpoints().join("step-000010.partial")).expect("half a checkpoint");
+    let newest = checkpoint::newest(&killed).expect("a checkpoint");
+    assert!(newest.ends_with("step-000008"));
+    let rest = train(&spec(&[]), &killed, Some(newest), None).expect("finishes");
+    assert_eq!(rest.steps[0].step, 9);
+    assert_eq!(course(&killed.read_metrics().expect("metrics")), course(&uninterrupted.steps));
+    assert!(adapter_bytes(&killed) == adapter_bytes(&whole), "the adapters differ");
+}
+
+#[test]
+fn a_finished_run_is_not_trained_again() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let folder = folder(dir.path(), "run");
+    train(&spec(&[]), &folder, None, None).expect("trains");
+    let before = adapter_bytes(&folder);
+    let again = train(&spec(&[]), &folder, checkpoint::newest(&folder), None).expect("nothing to do");
+    assert_eq!((again.finish, again.steps.len()), (Finish::Completed, 0));
+    assert!(adapter_bytes(&folder) == before);
+}
+
+#[test]
+fn other_settings_do_not_mix_with_a_checkpoint() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let folder = folder(dir.path(), "run");
+    train(&spec(&[]), &folder, None, Some(4)).expect("stops");
+    let changed = spec(&["train.learning_rate=1e-3", "adapter.lora_dropout=0.0"]);
+    let error = train(&changed, &folder, checkpoint::newest(&folder), None).err().expect("refused");
+    let TrainError::OtherRun { differences, .. } = error else { panic!("unexpected error: {error}") };
+    assert_eq!(differences.len(), 2, "{differences:?}");
+    assert!(differences[0].contains("adapter.lora_dropout") && differences[1].contains("train.learning_rate"));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let folder = folder(dir.path(), "run");
+    train(&spec(&[]), &folder, None, Some(4)).expect("stops");
+    let newest = checkpoint::newest(&folder).expect("a checkpoint");
+    fs::write(newest.join("optimizer.safetensors"), b"torn").expect("damaged");
+    let error = train(&spec(&[]), &folder, Some(newest), None).err().expect("refused");
+    assert!(matches!(error, TrainError::Checkpoint { .. }), "{error}");
+}
+
+#[test]
+fn an_initial_adapter_is_where_training_starts() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let first = folder(dir.path(), "first");
+    let run = train(&spec(&["train.max_steps=30"]), &first, None, None).expect("trains");
+    let start = format!("adapter.init_adapter={:?}", first.adapter().display().to_string());
+    let second = folder(dir.path(), "second");
+    let more = train(&spec(&[&start, "train.max_steps=2"]), &second, None, None).expect("trains on");
+    assert!(more.steps[0].loss < 0.9 * run.steps[0].loss);
+    let mismatch = train(&spec(&[&start, "adapter.r=8"]), &folder(dir.path(), "third"), None, None);
+    assert!(matches!(mismatch.err(), Some(TrainError::InitialAdapter { .. })));
+}
+
+#[test]
+fn early_stopping_waits_as_long_as_it_is_told() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let folder = folder(dir.path(), "run");
+    // A learning rate of nothing: validation never improves after the first time.
+    let stuck = ["eval.early_stopping_patience=2", "train.learning_rate=1e-30", "eval.eval_steps=1"];
+    let run = train(&spec(&stuck), &folder, None, None).expect("stops early");
+    assert_eq!(run.steps.len(), 3);
+    assert!(folder.is_finished());
+}
+
+#[test]
+fn sixteen_micro_batches_of_one_equal_one_of_sixteen() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let losses = |name: &str, size: &str, packing: &str| {
+        let changes = [
+            size,
+            packing,
+            "train.effective_batch_size=16",
+            "train.shuffle=false",
+            "adapter.lora_dropout=0.0",
+            "train.max_steps=3",
+        ];
+        let run = train(&spec(&changes), &folder(dir.path(), name), None, None).expect("trains");
+        run.steps.iter().map(|m| m.loss).collect::<Vec<_>>()
+    };
+    let together = losses("together", "train.micro_batch_size=16", "data_options.packing=false");
+    let one_by_one = losses("alone", "train.micro_batch_size=1", "data_options.packing=false");
+    for (a, b) in together.iter().zip(&one_by_one) {
+        assert!((a - b).abs() < 1e-5 * a, "{together:?} against {one_by_one:?}");
+    }
+}

@@ -1,0 +1,245 @@
+//! `tune export`: a trained run as GGUF, safetensors or PEFT.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use miette::Result;
+use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
+use tune_export::{
+    ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention, Verification, export,
+};
+use tune_formats::peft::{self, Adapter};
+use tune_formats::{BaseModel, Source};
+use tune_hub::ModelRef;
+use tune_recipe::{Quantization, RunSpec, Verify};
+use tune_train::RunFolder;
+
+use crate::download;
+use crate::exit::UsageError;
+use crate::inputs::Inputs;
+
+/// Below this much of the update, answers are closer to the base's than to the trained ones.
+const LEAST_KEPT: f64 = 0.9;
+/// Rounding errors larger than the update by this factor drown it.
+const LARGEST_ERROR: f64 = 2.0;
+
+#[derive(clap::Args)]
+#[command(after_help = "Formats:\n  \
+    gguf-lora     the adapter, for llama.cpp and Ollama over the unchanged base; loses nothing\n  \
+    gguf:q8_0     one merged file; also gguf:f16 bf16 f32 q5_1 q5_0 q4_1 q4_0\n  \
+    safetensors   merged, as a Hugging Face folder\n  \
+    peft          the adapter, as a PEFT folder\n\n\
+    Examples:\n  tune export runs/quickstart --to gguf:q8_0 --out quickstart.gguf\n  \
+    tune export runs/quickstart --to gguf-lora\n  \
+    tune export runs/quickstart/adapter --base ./another-quantisation.gguf --to gguf:f16")]
+pub struct Args {
+    /// Folder of a run, or a PEFT adapter folder
+    run: PathBuf,
+    /// What to write
+    #[arg(long, value_name = "FORMAT")]
+    to: String,
+    /// File or folder to write, or a folder to write it into [default: RUN/export]
+    #[arg(long, value_name = "PATH")]
+    out: Option<PathBuf>,
+    /// Another copy of the base, such as one that is not quantised
+    #[arg(long, value_name = "REF")]
+    base: Option<String>,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let target: ExportTarget = args.to.parse()?;
+    let folder = RunFolder::new(&args.run);
+    let spec = match folder.recipe().is_file() {
+        true => Some(tune_recipe::load(&folder.recipe(), &[])?),
+        false => None,
+    };
+    let adapter = read_adapter(&folder, spec.is_some())?;
+    let reference = base_reference(args, spec.as_ref(), &adapter)?;
+    let base = tune_formats::open(&download::resolve(&ModelRef::parse(&reference)?, false)?.path)?;
+    let tokenizer = Tokenizer::from_base(&base)?;
+
+    let name = spec.as_ref().map_or_else(|| name_of(&args.run), |spec| spec.run.name.clone());
+    let in_run = default_path(&folder, target, &name);
+    let (out, replace_folder) = match &args.out {
+        None => (in_run, true),
+        Some(out) if out.is_dir() && !target.is_folder() => (out.join(target.file_name(&name)), false),
+        Some(out) => (out.clone(), false),
+    };
+    let job = Job {
+        name: &name,
+        reference: &reference,
+        base: &base,
+        adapter: &adapter,
+        tokenizer: &tokenizer,
+        spec: spec.as_ref(),
+    };
+    let report = job.write(target, &out, replace_folder)?;
+    eprintln!("wrote     {} ({})", report.path.display(), HumanBytes(report.bytes));
+    if let Some(modelfile) = &report.modelfile {
+        eprintln!("ollama    ollama create {name} -f {}", modelfile.display());
+    }
+    println!("{}", report.path.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes one of a run's own targets into its folder and gives the path.
+pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<PathBuf> {
+    let spec = &inputs.spec;
+    if let Some(name) = target.strip_prefix("ollama:") {
+        return Err(UsageError::report(
+            format!("\"{target}\" cannot be written by this version"),
+            format!(
+                "run `tune export {} --to gguf-lora`, then `ollama create {name} -f` with the Modelfile beside it",
+                folder.root().display()
+            ),
+        ));
+    }
+    let target: ExportTarget = target.parse()?;
+    let adapter = read_adapter(folder, true)?;
+    let job = Job {
+        name: &spec.run.name,
+        reference: &spec.model.base,
+        base: &inputs.base,
+        adapter: &adapter,
+        tokenizer: &inputs.tokenizer,
+        spec: Some(spec),
+    };
+    let report = job.write(target, &default_path(folder, target, &spec.run.name), true)?;
+    Ok(report.path)
+}
+
+/// What is exported.
+struct Job<'a> {
+    name: &'a str,
+    reference: &'a str,
+    base: &'a BaseModel,
+    adapter: &'a Adapter,
+    tokenizer: &'a Tokenizer,
+    spec: Option<&'a RunSpec>,
+}
+
+impl Job<'_> {
+    /// Exports with a progress bar, and tells what the user should know about the result.
+    fn write(&self, target: ExportTarget, out: &Path, replace_folder: bool) -> Result<ExportReport> {
+        if self.adapter.trained_on(self.base)? == Some(false) {
+            eprintln!("note      the adapter was trained over other weights of this model than {}", self.reference);
+        }
+        let over_nf4 = self.spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
+        if over_nf4 && matches!(target, ExportTarget::Gguf(_) | ExportTarget::Safetensors) {
+            eprintln!("note      trained over NF4, merged into the weights that NF4 was made from");
+        }
+        // The date that training used, so that a template which shows one is recognised.
+        let template = match &self.base.chat_template {
+            Some(_) => Some(ChatTemplate::from_base(self.base, self.tokenizer, Clock::Fixed)?),
+            None => None,
+        };
+        let render = |messages: &[(&str, &str)], add_generation_prompt: bool| {
+            let messages: Vec<Message> =
+                messages.iter().map(|(role, content)| Message::new(role, content)).collect();
+            template.as_ref()?.render(&messages, None, add_generation_prompt).ok()
+        };
+        let tokenizer_json = match (&self.base.source, target) {
+            (Source::Gguf(_), ExportTarget::Safetensors) => self.tokenizer.to_json(),
+            _ => None,
+        };
+        let options = ExportOptions {
+            name: Some(self.name),
+            chat_template: None,
+            ollama_base: self.reference.strip_prefix("ollama:"),
+            tokenizer_json: tokenizer_json.as_deref(),
+            verification: self.spec.map_or(Verification::Strict, |spec| match spec.export.verify {
+                Verify::Strict => Verification::Strict,
+                Verify::Warn => Verification::Warn,
+                Verify::Off => Verification::Off,
+            }),
+            replace_folder,
+            render: Some(&render),
+        };
+        let request = ExportRequest { base: self.base, adapter: self.adapter, target, out, options };
+        let bar = bar(target);
+        let report = export(&request, &mut |event| show(&bar, event));
+        bar.finish_and_clear();
+        let report = report?;
+        for note in &report.notes {
+            eprintln!("note      {note}");
+        }
+        if let Some(retention) = report.retention {
+            tell_retention(target, retention);
+        }
+        Ok(report)
+    }
+}
+
+fn tell_retention(target: ExportTarget, retention: Retention) {
+    eprintln!(
+        "kept      {:.1} % of the update, which is {:.2} % of the weights; rounding adds {:.0} % of it",
+        100.0 * retention.kept,
+        100.0 * retention.relative_update,
+        100.0 * retention.error,
+    );
+    if retention.kept < LEAST_KEPT || retention.error > LARGEST_ERROR {
+        eprintln!(
+            "warning   {target} is too coarse for an update of this size and may answer like the base: use gguf:q8_0, \
+             gguf:f16 or gguf-lora"
+        );
+    }
+}
+
+fn read_adapter(folder: &RunFolder, is_run: bool) -> Result<Adapter> {
+    if !is_run {
+        return Ok(peft::read(folder.root())?);
+    }
+    if !folder.is_finished() {
+        return Err(UsageError::report(
+            format!("{} has no adapter yet", folder.root().display()),
+            format!("finish the run: tune train {}", folder.recipe().display()),
+        ));
+    }
+    Ok(peft::read(&folder.adapter())?)
+}
+
+/// The base on the command line, of the run, or of the adapter.
+fn base_reference(args: &Args, spec: Option<&RunSpec>, adapter: &Adapter) -> Result<String> {
+    let named = args.base.clone().or_else(|| spec.map(|spec| spec.model.base.clone()));
+    named.or_else(|| adapter.config.base_model_name_or_path.clone()).ok_or_else(|| {
+        UsageError::report(
+            format!("{} does not say which model it was trained on", args.run.display()),
+            "name it with --base",
+        )
+    })
+}
+
+fn default_path(folder: &RunFolder, target: ExportTarget, name: &str) -> PathBuf {
+    folder.root().join("export").join(target.file_name(name))
+}
+
+fn name_of(path: &Path) -> String {
+    let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    name.unwrap_or_else(|| "model".to_owned())
+}
+
+fn bar(target: ExportTarget) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg:9} {wide_bar} {pos}/{len} tensors");
+    ProgressBar::new(0)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_message(target.to_string())
+}
+
+fn show(bar: &ProgressBar, event: ExportEvent) {
+    match event {
+        ExportEvent::Started { tensors, .. } => bar.set_length(2 * tensors as u64),
+        ExportEvent::Wrote { done, .. } => {
+            bar.set_message("writing");
+            bar.set_position(done as u64);
+        }
+        ExportEvent::Verified { done, tensors } => {
+            bar.set_message("verifying");
+            bar.set_position((tensors + done) as u64);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! What this machine offers.
+
+/// Bytes that a run may use: nine tenths of what is available now, but not the last 1.5 GiB. `None` where the
+/// system does not tell.
+pub fn usable_memory() -> Option<u64> {
+    const RESERVE: u64 = 3 << 29;
+    let available = available_memory()?;
+    Some((available / 10 * 9).min(available.saturating_sub(RESERVE)))
+}
+
+/// `MemAvailable` of Linux.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Keeps freed buffers in the heap instead of returning them to the system after every operation: a step frees and
+/// allocates the same sizes again and again, and fresh pages cost more than the arithmetic on small models. Without
+/// glibc nothing changes.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[allow(unsafe_code)]
+    // SAFETY: mallopt only sets parameters of the allocator, before any thread is started.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+}

@@ -1,0 +1,114 @@
+//! The gate before every run: the estimate against what the run may use.
+
+use indicatif::HumanBytes;
+use serde_json::json;
+use tune_data::Sample;
+use tune_formats::BaseModel;
+use tune_plan::{MemoryPlan, PlanInput, Shape};
+use tune_recipe::{Budget, OnExceed, RunSpec};
+use tune_train::RunFolder;
+
+use crate::exit::{DoesNotFit, UsageError};
+use crate::machine;
+
+/// A plan that has passed.
+pub struct Gate {
+    plan: MemoryPlan,
+    notes: Vec<String>,
+}
+
+/// Compares the estimate for `spec` over `base` with the memory that the run may use. Under `on_exceed = "fit"`
+/// the micro-batch of `spec` is made smaller until it fits.
+pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::Result<Gate> {
+    let budget = match spec.memory.budget {
+        Budget::Auto => machine::usable_memory(),
+        Budget::Bytes(bytes) => Some(bytes),
+    };
+    let weights = tune_plan::from_model(base, spec.model.quantization)?;
+    let mut notes = Vec::new();
+    loop {
+        let shape = Shape::from(&base.config);
+        let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
+        input.sequence_len = longest_row(spec, rows);
+        let plan = tune_plan::estimate(&input);
+        let fits = plan.fits.unwrap_or(true);
+        match spec.memory.on_exceed {
+            _ if fits => return Ok(Gate { plan, notes }),
+            OnExceed::Warn => {
+                notes.push("the run may not fit in memory (memory.on_exceed = \"warn\")".into());
+                return Ok(Gate { plan, notes });
+            }
+            OnExceed::Fit if spec.shrink_micro_batch() => {
+                notes.push(format!("micro_batch_size is now {}", spec.train.micro_batch_size));
+            }
+            OnExceed::Fit | OnExceed::Refuse => return Err(refusal(spec, &plan).into()),
+        }
+    }
+}
+
+impl Gate {
+    /// Predicted peak in bytes.
+    pub fn peak_bytes(&self) -> u64 {
+        self.plan.estimate.peak_bytes
+    }
+
+    /// One line for people, and one for each thing that was changed.
+    pub fn summary(&self) -> String {
+        let budget = match self.plan.budget_bytes {
+            Some(budget) => format!("of {} usable", HumanBytes(budget)),
+            None => "; this system does not tell how much is usable".into(),
+        };
+        let mut text = format!("plan      {} at the peak {budget}", HumanBytes(self.peak_bytes()));
+        for note in &self.notes {
+            text.push_str("\n          ");
+            text.push_str(note);
+        }
+        text
+    }
+
+    /// Writes `plan.json`, after the run with what was measured.
+    pub fn write(&self, folder: &RunFolder, measured_peak: Option<u64>) -> miette::Result<()> {
+        let mut plan = serde_json::to_value(&self.plan).unwrap_or_default();
+        if let (Some(object), Some(peak)) = (plan.as_object_mut(), measured_peak) {
+            object.insert("measured".into(), json!({ "peak_bytes": peak }));
+        }
+        let text = serde_json::to_string_pretty(&plan).unwrap_or_default() + "\n";
+        std::fs::write(folder.plan(), text).map_err(|error| {
+            UsageError::report(
+                format!("cannot write {}: {error}", folder.plan().display()),
+                "choose another folder with --out",
+            )
+        })
+    }
+}
+
+/// Tokens of the longest row that a micro-batch can have.
+fn longest_row(spec: &RunSpec, rows: &[Sample]) -> u64 {
+    let longest = rows.iter().map(Sample::len).max().unwrap_or(0);
+    let total: usize = rows.iter().map(Sample::len).sum();
+    let row = if spec.data_options.packing { spec.data_options.sequence_len } else { longest };
+    row.min(total) as u64
+}
+
+fn refusal(spec: &RunSpec, plan: &MemoryPlan) -> DoesNotFit {
+    let mut changes = Vec::new();
+    if spec.train.micro_batch_size > 1 {
+        changes.push("--set train.micro_batch_size=1 (the effective batch stays)");
+    }
+    if !spec.train.gradient_checkpointing {
+        changes.push("--set train.gradient_checkpointing=true");
+    }
+    changes.extend([
+        "a shorter data_options.sequence_len",
+        "a smaller adapter.r",
+        "a base of fewer bits",
+        "memory.budget, if the machine has more to give",
+    ]);
+    let terms = plan.estimate.terms.iter().max_by_key(|term| term.bytes);
+    let largest = terms.map_or(String::new(), |t| format!("largest part: {}, {}\n", t.name, HumanBytes(t.bytes)));
+    DoesNotFit {
+        needed: HumanBytes(plan.estimate.upper_bytes).to_string(),
+        budget: HumanBytes(plan.budget_bytes.unwrap_or_default()).to_string(),
+        help: format!("{largest}try, in this order: {}", changes.join("; ")),
+    }
+}

@@ -1,0 +1,267 @@
+//! The whole way on the real SmolLM2, judged by a real llama.cpp and by PEFT.
+//!
+//! `tests/e2e/README.md` has the scripts, the format of the files and the measurements behind the limits. Everything
+//! that is needed is fetched on the first run, into `target/`: llama.cpp and PEFT (0.7 GB), the model (98 MB).
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Limits of one comparison of two logits files.
+struct Limits {
+    min_top1: f64,
+    max_mean_kl: f64,
+    max_difference: f64,
+}
+
+/// Both sides compute exactly what the weights say, in float32.
+const SAME_WEIGHTS: Limits = Limits { min_top1: 0.99, max_mean_kl: 1e-6, max_difference: 5e-3 };
+/// One side has the weights, the other the same rounded to F16, and F16 activations.
+const ROUNDED_TO_F16: Limits = Limits { min_top1: 0.99, max_mean_kl: 1e-4, max_difference: 0.5 };
+/// llama.cpp on quantised weights rounds activations to 8 bits: 2.5e-3 nats, 95 % on average.
+const ROUNDED_ACTIVATIONS: Limits = Limits { min_top1: 0.9, max_mean_kl: 1e-2, max_difference: 4.0 };
+
+#[test]
+fn base_model_gives_the_logits_of_llama_cpp() {
+    let bench = Bench::new(&[]);
+    let base = bench.pull("smollm2:135m");
+    let tokens = root().join("tests/e2e/text.tokens.json");
+    let ours = bench.tune_logits(&base, None, &tokens, "ours");
+
+    let float32 = bench.dequantise(&base, "base-f32.gguf");
+    bench.compare(&bench.llama_logits(&float32, None, &tokens, "float32"), &ours, &SAME_WEIGHTS);
+    bench.compare(&bench.llama_logits(&base, None, &tokens, "as-it-is"), &ours, &ROUNDED_ACTIVATIONS);
+}
+
+#[test]
+fn tokenizer_rebuilt_from_gguf_gives_the_ids_of_llama_cpp() {
+    let bench = Bench::new(&[]);
+    let base = tune_formats::open(&bench.pull("smollm2:135m")).expect("SmolLM2 opens");
+    let tokenizer = tune_data::Tokenizer::from_base(&base).expect("its tokenizer is rebuilt");
+    let fixture = root().join("tests/parity/tokenizer");
+    let want = read_json(&fixture.join("smollm2.json"));
+    let encode = |text: &str, special: bool| tokenizer.encode(text, special).expect("text is encoded");
+
+    for piece in want["pieces"].as_array().expect("pieces") {
+        let text = piece["text"].as_str().expect("text");
+        assert_eq!(encode(text, true), ids(&piece["with_special"]), "{text:?}");
+    }
+    let mixed = fs::read_to_string(fixture.join("mixed.txt")).expect("mixed.txt");
+    assert_eq!(encode(&mixed, true), ids(&want["with_special"]));
+    assert_eq!(encode(&mixed, false), ids(&want["as_text"]));
+}
+
+#[test]
+fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
+    let bench = Bench::new(&["--with-torch"]);
+    let base = bench.pull("smollm2:135m");
+    let run = bench.path("run");
+    tune(&[
+        "train",
+        path(&root().join("recipes/quickstart.toml")),
+        "--out",
+        path(&run),
+        "--set",
+        "train.max_steps=8",
+    ]);
+    let losses = losses(&run);
+    assert_eq!(losses.len(), 8);
+    assert!(losses[7] < losses[0] - 0.2, "eight steps must lower the loss: {losses:?}");
+
+    let tokens = bench.some_tokens();
+    let base_f32 = bench.dequantise(&base, "base-f32.gguf");
+    let plain = bench.llama_logits(&base_f32, None, &tokens, "base");
+    let tuned = bench.tune_logits(&run, None, &tokens, "tuned");
+    let effect = bench.difference(&plain, &tuned)["mean_kl"].as_f64().expect("mean_kl");
+    assert!(
+        effect > 100.0 * SAME_WEIGHTS.max_mean_kl,
+        "too small an effect ({effect} nats) to prove anything"
+    );
+
+    let lora = bench.export(&run, "gguf-lora", "adapter.gguf");
+    bench.compare(&bench.llama_logits(&base_f32, Some(&lora), &tokens, "lora-f32"), &tuned, &SAME_WEIGHTS);
+    bench.compare(&bench.llama_logits(&base, Some(&lora), &tokens, "lora"), &tuned, &ROUNDED_ACTIVATIONS);
+    fs::remove_file(base_f32).expect("float32 copy is removed");
+
+    let f16 = bench.export(&run, "gguf:f16", "merged-f16.gguf");
+    bench.compare(&bench.llama_logits(&f16, None, &tokens, "f16"), &tuned, &ROUNDED_TO_F16);
+
+    // eight bits change the weights themselves, so the file is compared with our own forward of the same file
+    let q8_0 = bench.export(&run, "gguf:q8_0", "merged-q8_0.gguf");
+    let ours = bench.tune_logits(&q8_0, None, &tokens, "q8_0-ours");
+    bench.compare(&bench.llama_logits(&q8_0, None, &tokens, "q8_0"), &ours, &ROUNDED_ACTIVATIONS);
+    let q8_0_f32 = bench.dequantise(&q8_0, "merged-q8_0-f32.gguf");
+    bench.compare(&bench.llama_logits(&q8_0_f32, None, &tokens, "q8_0-f32"), &ours, &SAME_WEIGHTS);
+    // and it must still be the tuned model
+    bench.compare(&tuned, &ours, &ROUNDED_ACTIVATIONS);
+
+    let adapter = bench.export(&run, "peft", "adapter");
+    bench.check_peft(&base, &adapter, &tuned, "2e-3");
+}
+
+#[test]
+fn adapter_trained_on_a_hugging_face_directory_opens_in_peft() {
+    let bench = Bench::new(&["--with-torch"]);
+    let base = root().join("tests/parity/models/llama-tied");
+    let recipe = bench.path("tiny.toml");
+    let data = bench.path("tiny.jsonl");
+    let text = fs::read_to_string(root().join("tests/e2e/text.txt")).expect("text.txt");
+    let rows = text.split("\n\n").map(|part| serde_json::json!({ "text": part }).to_string() + "\n");
+    fs::write(&data, rows.collect::<String>()).expect("data set is written");
+    let toml = format!(
+        "version = 1\n[model]\nbase = {base:?}\n[adapter]\ntype = \"lora\"\nr = 4\n[[data]]\npath = {data:?}\n\
+         [data_options]\nsequence_len = 128\n[train]\nmax_steps = 6\nlearning_rate = 1e-2\n"
+    );
+    fs::write(&recipe, toml).expect("recipe is written");
+
+    let run = bench.path("run");
+    tune(&["train", path(&recipe), "--out", path(&run)]);
+    let tokens = bench.path("tiny.tokens.json");
+    fs::write(&tokens, "[[1, 70, 300, 15, 2, 33, 260, 261, 262, 99], [5]]").expect("tokens are written");
+    let ours = bench.tune_logits(&run, None, &tokens, "tuned");
+    let adapter = bench.export(&run, "peft", "adapter");
+    bench.check_peft(&base, &adapter, &ours, "1e-4");
+
+    // over the base given by hand it is the same model as the run
+    let by_hand = bench.tune_logits(&base, Some(&adapter), &tokens, "by-hand");
+    bench.compare(&ours, &by_hand, &Limits { min_top1: 1.0, max_mean_kl: 1e-9, max_difference: 0.0 });
+}
+
+/// The environment of the judges, and a folder that goes when the test ends.
+struct Bench {
+    python: PathBuf,
+    folder: TempDir,
+    /// One test at a time, also where each is a process: they share the set-up, the cores and the disk.
+    _alone: File,
+}
+
+impl Bench {
+    fn new(setup_arguments: &[&str]) -> Self {
+        let target = root().join("target");
+        fs::create_dir_all(&target).expect("target/ exists");
+        let alone = File::create(target.join("e2e.lock")).expect("lock file");
+        alone.lock().expect("lock is taken");
+        let printed =
+            text_of(Command::new("bash").arg(root().join("tests/e2e/setup.sh")).args(setup_arguments));
+        let python =
+            printed.lines().find_map(|line| line.strip_prefix("python=")).expect("setup.sh prints python=");
+        let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder for the test's files");
+        Self { python: python.into(), folder, _alone: alone }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn pull(&self, reference: &str) -> PathBuf {
+        PathBuf::from(tune(&["pull", reference]).trim())
+    }
+
+    fn export(&self, run: &Path, target: &str, name: &str) -> PathBuf {
+        let out = self.path(name);
+        tune(&["export", path(run), "--to", target, "--out", path(&out)]);
+        out
+    }
+
+    /// The first 256 tokens of the text and a chat prompt.
+    fn some_tokens(&self) -> PathBuf {
+        let mut sequences: Vec<Vec<u32>> =
+            serde_json::from_value(read_json(&root().join("tests/e2e/text.tokens.json"))).expect("token ids");
+        sequences[0].truncate(256);
+        let file = self.path("tokens.json");
+        fs::write(&file, serde_json::to_vec(&sequences).expect("JSON")).expect("tokens are written");
+        file
+    }
+
+    fn tune_logits(&self, model: &Path, adapter: Option<&Path>, tokens: &Path, name: &str) -> PathBuf {
+        let out = self.path(&format!("{name}.tune.safetensors"));
+        let mut arguments = vec!["logits", path(model), "--tokens", path(tokens), "--out", path(&out)];
+        arguments.extend(adapter.iter().flat_map(|adapter| ["--adapter", path(adapter)]));
+        tune(&arguments);
+        out
+    }
+
+    fn llama_logits(&self, model: &Path, lora: Option<&Path>, tokens: &Path, name: &str) -> PathBuf {
+        let out = self.path(&format!("{name}.llama.safetensors"));
+        let mut arguments = vec!["logits", path(model), "--tokens", path(tokens), "--out", path(&out)];
+        arguments.extend(lora.iter().flat_map(|lora| ["--lora", path(lora)]));
+        text_of(&mut self.script("e2e/llama_cpp.py", &arguments));
+        out
+    }
+
+    fn dequantise(&self, gguf: &Path, name: &str) -> PathBuf {
+        let out = self.path(name);
+        text_of(&mut self.script("e2e/dequantise.py", &[path(gguf), path(&out)]));
+        out
+    }
+
+    fn compare(&self, want: &Path, got: &Path, limits: &Limits) {
+        let Limits { min_top1, max_mean_kl, max_difference } = limits;
+        let limits = [min_top1, max_mean_kl, max_difference].map(ToString::to_string);
+        let [top1, kl, difference] = &limits;
+        let flags = ["--min-top1", top1, "--max-kl", kl, "--max-abs", difference];
+        text_of(&mut self.script("e2e/compare.py", &[&[path(want), path(got)], &flags[..]].concat()));
+    }
+
+    fn difference(&self, want: &Path, got: &Path) -> Value {
+        let printed = text_of(&mut self.script("e2e/compare.py", &[path(want), path(got)]));
+        serde_json::from_str(&printed).expect("compare.py prints JSON")
+    }
+
+    fn check_peft(&self, base: &Path, adapter: &Path, logits: &Path, tolerance: &str) {
+        let base_and_adapter = ["--base", path(base), "--adapter", path(adapter)];
+        let expected = ["--logits", path(logits), "--tolerance", tolerance];
+        text_of(&mut self.script("parity/check_peft.py", &[base_and_adapter, expected].concat()));
+    }
+
+    fn script(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.python);
+        command.arg(root().join("tests").join(name)).args(arguments).env("OMP_WAIT_POLICY", "passive");
+        command
+    }
+}
+
+/// Standard output of our own program.
+fn tune(arguments: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tune"));
+    // models are kept between runs of the tests, and out of the user's own cache
+    if std::env::var_os("TUNE_CACHE").is_none() {
+        command.env("TUNE_CACHE", root().join("target/e2e-cache"));
+    }
+    text_of(command.args(arguments).current_dir(root()))
+}
+
+/// Standard output of a command that has to succeed; what it printed is the message where it does not.
+fn text_of(command: &mut Command) -> String {
+    let Output { status, stdout, stderr } = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert!(status.success(), "{command:?}: {status}\n{stdout}\n{stderr}");
+    stdout.into_owned()
+}
+
+fn losses(run: &Path) -> Vec<f64> {
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics.jsonl");
+    let row = |line: &str| serde_json::from_str::<Value>(line).expect("a JSON object a line");
+    metrics.lines().map(row).map(|row| row["loss"].as_f64().expect("loss")).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).expect("token ids")
+}
+
+fn read_json(file: &Path) -> Value {
+    let text = fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", file.display()))
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+fn root() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    root.canonicalize().unwrap_or_else(|e| panic!("{}: {e}", root.display()))
+}
