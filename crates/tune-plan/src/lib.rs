@@ -1,1 +1,23 @@
-//! Memory planner: arithmetic only, every term named.
+//! Memory planner: how much a run needs, before it runs. Arithmetic only; no device, no tensors, milliseconds.
+//!
+//! Two answers stand side by side. The *reference* ([`reference`]) is a published table of rules of thumb by
+//! method and size. The *estimate* ([`estimate`]) counts the bytes of this run term by term, from the header of
+//! the model file. The verdict uses the estimate whenever the model is known.
+
+mod calibration;
+mod catalogue;
+mod estimate;
+pub mod reference;
+mod shape;
+mod size;
+mod table;
+mod weights;
+
+pub use calibration::{Calibration, FLEX};
+pub use catalogue::{CatalogueShape, catalogue, find as find_in_catalogue};
+pub use estimate::{Basis, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
+pub use reference::Reference;
+pub use shape::Shape;
+pub use size::parse_size;
+pub use table::{format_bytes, format_parameters};
+pub use weights::{WeightBytes, facts, from_model, from_shape};

@@ -1,0 +1,35 @@
+//! Constants that cannot be counted, only measured. All of them stand here.
+//!
+//! A calibration run: train one step of a model with 2 and with 4 blocks at the same width, tokens and
+//! vocabulary, and read the peak of resident memory of each. It is linear in the number of blocks, so the two give
+//! the slope (checked against the counted terms) and the constant; two vocabularies give the bytes per logit.
+
+/// Measured constants of one backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Calibration {
+    /// The process before the first tensor: code, thread stacks, tokenizer tables outside of the vocabulary.
+    pub process_bytes: u64,
+    /// Tokenizer and its index, per token of the vocabulary.
+    pub bytes_per_vocabulary_entry: u64,
+    /// Positions whose logits exist at the same time.
+    pub loss_chunk: u64,
+    /// Bytes per logit of a chunk: logits, and their gradient in place.
+    pub bytes_per_logit: u64,
+    /// Scratch into which rows of frozen weights are decoded.
+    pub panel_bytes: u64,
+    /// Unused room in the allocator, in thousandths of what is allocated.
+    pub fragmentation_permille: u64,
+    /// Half-width of the range around the estimate, in thousandths of what is not exact.
+    pub margin_permille: u64,
+}
+
+/// burn's pure-Rust CPU backend.
+pub const FLEX: Calibration = Calibration {
+    process_bytes: 48 << 20,
+    bytes_per_vocabulary_entry: 512,
+    loss_chunk: 128,
+    bytes_per_logit: 8,
+    panel_bytes: 4 << 20,
+    fragmentation_permille: 50,
+    margin_permille: 100,
+};

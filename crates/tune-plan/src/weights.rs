@@ -1,0 +1,120 @@
+//! Bytes of the frozen weights: from the header of a file, or from dimensions alone.
+
+use serde::Serialize;
+use tune_formats::{BaseModel, FormatError, ModelConfig};
+use tune_quant::BlockType;
+use tune_recipe::{BaseFacts, Method, Quantization};
+
+use crate::Shape;
+
+/// Bytes of the frozen weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+pub struct WeightBytes {
+    /// Held through the run.
+    pub held: u64,
+    /// Pages of the file that are read once, while quantising, and may stay in memory for as long as nobody needs
+    /// it.
+    pub passing: u64,
+    /// Weights, tied ones once.
+    pub parameters: u64,
+    /// Bits of a weight of the block linears, scales included, rounded down.
+    pub linear_bits: u32,
+}
+
+impl WeightBytes {
+    /// Mean width of a held weight.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.held as f64 * 8.0 / self.parameters.max(1) as f64
+    }
+}
+
+/// The weights of an opened model as a run with `quantization` holds them. Exact: block linears, embedding and
+/// head by their stored type, norms and biases as 32-bit numbers.
+///
+/// # Errors
+/// A tensor that cannot be read.
+pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<WeightBytes, FormatError> {
+    let mut sum = WeightBytes::default();
+    let (mut linear_bytes, mut linear_elements) = (0, 0);
+    for name in base.weights.names() {
+        let shape = base.weights.shape(&name).unwrap_or_default();
+        let elements = shape.iter().map(|n| *n as u64).product::<u64>();
+        if shape.len() != 2 {
+            sum.parameters += elements;
+            sum.held += 4 * elements;
+            continue;
+        }
+        if name == "lm_head.weight" && base.config.tie_word_embeddings {
+            continue;
+        }
+        let matrix = base.weights.matrix(&name)?;
+        let stored = matrix.stored_bytes() as u64;
+        let is_16_bit = stored >= 2 * elements;
+        let to_nf4 = quantization == Quantization::Nf4 && is_16_bit && is_block_linear(&name);
+        let held = if to_nf4 { nf4_bytes(elements) } else { stored };
+        sum.passing += if to_nf4 { stored } else { 0 };
+        sum.held += held;
+        if is_block_linear(&name) {
+            linear_bytes += held;
+            linear_elements += elements;
+        }
+        sum.parameters += elements;
+    }
+    sum.linear_bits = (8 * linear_bytes / linear_elements.max(1)) as u32;
+    Ok(sum)
+}
+
+/// What a recipe wants to know of an opened model.
+///
+/// # Errors
+/// A tensor that cannot be read.
+pub fn facts(base: &BaseModel) -> Result<BaseFacts, FormatError> {
+    let matrix = base.weights.matrix(&format!("{}.weight", ModelConfig::linear_path(0, "q_proj")))?;
+    Ok(BaseFacts {
+        parameters: Shape::from(&base.config).parameters(),
+        quantized: matrix.stored_bytes() < 2 * matrix.rows() * matrix.cols(),
+        num_hidden_layers: base.config.num_hidden_layers,
+        max_position_embeddings: base.config.max_position_embeddings,
+        linear_names: base.config.block_linears().map(|(name, ..)| name.to_owned()).into(),
+    })
+}
+
+/// What the weights of a model of this shape take when no file is at hand: NF4 block linears under QLoRA, else 16
+/// bits; embedding and head in 16 bits, norms in 32.
+pub fn from_shape(shape: &Shape, method: Method) -> WeightBytes {
+    let linears = shape.linear_parameters();
+    let sixteen = |elements| elements * BlockType::BF16.block_bytes() as u64;
+    let linear_bytes = match method {
+        Method::Qlora => nf4_bytes(linears),
+        Method::Lora | Method::Full => sixteen(linears),
+    };
+    WeightBytes {
+        held: linear_bytes + sixteen(shape.embedding_parameters()) + 4 * shape.vector_parameters(),
+        passing: 0,
+        parameters: shape.parameters(),
+        linear_bits: (8 * linear_bytes / linears.max(1)) as u32,
+    }
+}
+
+/// NF4 with double quantisation: half a byte a weight, one byte per 64, four bytes per 64 · 256, and one offset.
+fn nf4_bytes(elements: u64) -> u64 {
+    let blocks = elements.div_ceil(64);
+    elements.div_ceil(2) + blocks + 4 * (blocks.div_ceil(256) + 1)
+}
+
+fn is_block_linear(name: &str) -> bool {
+    name.starts_with("model.layers.") && name.ends_with("_proj.weight")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nf4_bytes_are_those_of_the_codec() {
+        for elements in [64usize, 128, 64 * 256, 64 * 256 + 64, 64 * 1000] {
+            let stored = tune_quant::Nf4::quantize(&vec![0.5; elements]).stored_bytes();
+            assert_eq!(nf4_bytes(elements as u64), stored as u64, "{elements}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Plans of known models, and what must hold for every plan.
+
+use proptest::prelude::*;
+use tune_plan::{MemoryPlan, PlanInput, estimate, find_in_catalogue, from_shape, reference, rough};
+use tune_recipe::{Layers, Method, TargetModules};
+
+fn input(alias: &str, method: Method) -> PlanInput {
+    let model = find_in_catalogue(alias).unwrap();
+    PlanInput {
+        model: model.name.into(),
+        shape: model.shape,
+        weights: from_shape(&model.shape, method),
+        method,
+        rank: 16,
+        target_modules: TargetModules::AllLinear,
+        layers: Layers::All,
+        sequence_len: 2048,
+        micro_batch_size: 1,
+        gradient_accumulation_steps: 16,
+        gradient_checkpointing: true,
+        budget_bytes: None,
+    }
+}
+
+fn bytes(plan: &MemoryPlan, term: &str) -> u64 {
+    plan.estimate.terms.iter().find(|t| t.name == term).unwrap_or_else(|| panic!("no term {term}")).bytes
+}
+
+#[test]
+fn a_small_model_over_its_whole_table() {
+    let plan = PlanInput { budget_bytes: Some(4_000_000_000), ..input("smollm2:135m", Method::Qlora) };
+    insta::assert_snapshot!(estimate(&plan));
+}
+
+#[test]
+fn an_8b_model_that_does_not_fit() {
+    let plan = PlanInput { budget_bytes: Some(8 << 30), ..input("llama3.1:8b", Method::Qlora) };
+    insta::assert_snapshot!(estimate(&plan));
+}
+
+#[test]
+fn only_a_size() {
+    let reference = reference::reference(Method::Qlora, 4, 7_000_000_000, true);
+    insta::assert_snapshot!(rough("7b".into(), reference, Some(4_500_000_000)));
+}
+
+#[test]
+fn the_json_interface() {
+    let plan = estimate(&PlanInput { budget_bytes: Some(8 << 30), ..input("llama2:7b", Method::Qlora) });
+    let json = serde_json::to_value(&plan).unwrap();
+    assert_eq!(json["reference"]["gb"], 5);
+    assert_eq!(json["reference"]["formula"], "ceil(0.65 · 6.738)");
+    assert_eq!(json["method"], "qlora");
+    assert!(json["estimate"]["peak_bytes"].as_u64().unwrap() > 4_000_000_000);
+    assert!(json["estimate"]["terms"][0]["name"].is_string());
+    assert_eq!(json["estimate"]["basis"], "detailed");
+    assert_eq!(json["fits"], true);
+    let rough = rough("7b".into(), reference::reference(Method::Qlora, 4, 7_000_000_000, true), None);
+    let json = serde_json::to_value(&rough).unwrap();
+    assert_eq!(
+        (&json["reference"]["gb"], &json["estimate"]["peak_bytes"]),
+        (&5.into(), &5_000_000_000u64.into())
+    );
+    assert!(json["fits"].is_null());
+}
+
+#[test]
+fn exact_terms_are_exact() {
+    let plan = estimate(&input("llama3.1:8b", Method::Qlora));
+    let trained = 2_621_440 * 16;
+    assert_eq!(plan.estimate.trainable_parameters, Some(trained));
+    assert_eq!(bytes(&plan, "adapters"), 4 * trained);
+    assert_eq!(bytes(&plan, "optimizer state"), 8 * trained);
+    assert_eq!(bytes(&plan, "gradients"), 4 * trained);
+    assert_eq!(bytes(&plan, "block inputs"), 32 * 2048 * 4096 * 4);
+    // 6.98 B linears in NF4 with double quantisation, 2 × 525 M in 16 bits, norms in 32.
+    let nf4 = 6_979_321_856 / 2 + 6_979_321_856 / 64 + 4 * (6_979_321_856 / 64 / 256 + 1);
+    assert_eq!(bytes(&plan, "base weights"), nf4 + 2 * 2 * 525_336_576 + 4 * 266_240);
+}
+
+#[test]
+fn adapters_on_the_upper_blocks_only_need_less() {
+    let all = estimate(&input("smollm2:135m", Method::Qlora));
+    let upper =
+        PlanInput { layers: Layers::Only((22..30).collect()), ..input("smollm2:135m", Method::Qlora) };
+    let upper = estimate(&upper);
+    assert_eq!(bytes(&upper, "block inputs") * 30, bytes(&all, "block inputs") * 8);
+    assert_eq!(bytes(&upper, "adapters") * 30, bytes(&all, "adapters") * 8);
+    let attention = PlanInput {
+        target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+        ..input("smollm2:135m", Method::Qlora)
+    };
+    assert!(bytes(&estimate(&attention), "block activations") < bytes(&all, "block activations"));
+}
+
+#[test]
+fn what_only_passes_through_memory_does_not_decide() {
+    let mut with = input("smollm2:135m", Method::Qlora);
+    with.weights.passing = 10_000_000_000;
+    let plan = estimate(&PlanInput { budget_bytes: Some(8_000_000_000), ..with });
+    assert!(plan.estimate.peak_bytes > 10_000_000_000);
+    assert_eq!(plan.fits, Some(true));
+}
+
+fn any_input() -> impl Strategy<Value = PlanInput> {
+    let models = tune_plan::catalogue().iter().map(|model| model.alias).collect::<Vec<_>>();
+    let method = prop_oneof![Just(Method::Lora), Just(Method::Qlora), Just(Method::Full)];
+    (prop::sample::select(models), method, 1..256u64, 1..8192u64, 1..64u64, 1..64u64, any::<bool>()).prop_map(
+        |(
+            alias,
+            method,
+            rank,
+            sequence_len,
+            micro_batch_size,
+            gradient_accumulation_steps,
+            gradient_checkpointing,
+        )| {
+            PlanInput {
+                rank,
+                sequence_len,
+                micro_batch_size,
+                gradient_accumulation_steps,
+                gradient_checkpointing,
+                ..input(alias, method)
+            }
+        },
+    )
+}
+
+proptest! {
+    /// More of anything never needs less memory.
+    #[test]
+    fn the_peak_is_monotonic(small in any_input(), more in 1..100u64) {
+        let peak = |input: &PlanInput| estimate(input).estimate.peak_bytes;
+        let before = peak(&small);
+        let mut larger = Vec::new();
+        let mut change = |change: &dyn Fn(&mut PlanInput)| {
+            let mut input = small.clone();
+            change(&mut input);
+            larger.push(input);
+        };
+        change(&|i| i.rank += more);
+        change(&|i| i.sequence_len += more);
+        change(&|i| i.micro_batch_size += more);
+        change(&|i| i.gradient_accumulation_steps += more);
+        change(&|i| i.shape.vocab_size += more * 1000);
+        change(&|i| i.shape.num_hidden_layers += more);
+        change(&|i| i.weights.held += more * 1_000_000);
+        for input in larger {
+            prop_assert!(peak(&input) >= before, "{input:?}");
+        }
+    }
+
+    /// The range contains the estimate, the phases contain the peak, and the verdict follows the range.
+    #[test]
+    fn a_plan_agrees_with_itself(input in any_input(), budget in 1..200_000_000_000u64) {
+        let plan = estimate(&PlanInput { budget_bytes: Some(budget), ..input });
+        let e = &plan.estimate;
+        prop_assert!(e.upper_bytes >= e.peak_bytes);
+        prop_assert_eq!(e.phases.iter().map(|p| p.bytes).max(), Some(e.peak_bytes));
+        prop_assert_eq!(plan.fits, Some(e.upper_bytes <= budget));
+        for phase in &e.phases {
+            let sum: u64 = phase.terms.iter().map(|name| bytes(&plan, name)).sum();
+            prop_assert!(phase.bytes >= sum);
+        }
+    }
+
+    /// Absurd numbers stop at the largest one.
+    #[test]
+    fn nothing_overflows(sequence_len: u64, micro_batch_size: u64) {
+        let plan = estimate(&PlanInput { sequence_len, micro_batch_size, ..input("smollm2:135m", Method::Lora) });
+        prop_assert!(plan.estimate.peak_bytes > 0);
+    }
+}
+
+#[test]
+fn checkpointing_saves_memory_in_every_catalogue_model() {
+    for model in tune_plan::catalogue() {
+        let with = input(model.alias, Method::Qlora);
+        let without = PlanInput { gradient_checkpointing: false, ..with.clone() };
+        let (with, without) = (estimate(&with).estimate.peak_bytes, estimate(&without).estimate.peak_bytes);
+        assert!(with < without, "{}", model.alias);
+    }
+}
