@@ -120,6 +120,9 @@ impl SentencePiece {
     /// Cuts the text at special tokens: all occurrences of the longest one first, then those of the next in
     /// what is left.
     fn fragments(&self, text: &str, control: bool) -> Vec<Fragment> {
+        if text.is_empty() {
+            return Vec::new();
+        }
         let mut fragments = vec![Fragment::Text(0..text.len())];
         let present: BTreeSet<_> =
             self.finder.find_overlapping_iter(text).map(|found| found.pattern().as_usize()).collect();

@@ -72,7 +72,7 @@ impl Tokenizer {
                 let vocabulary = Vocabulary::of(&tokenizer).map_err(invalid)?;
                 (Engine::HuggingFace(Box::new(tokenizer)), vocabulary)
             }
-            TokenizerFiles::Gguf(tables) => from_gguf(tables, model)?,
+            TokenizerFiles::Gguf(tables) => from_gguf(&with_roles(tables, special), model)?,
         };
         Ok(Self { engine, plain: OnceLock::new(), vocabulary, special: special.clone() })
     }
@@ -148,6 +148,15 @@ impl Tokenizer {
         &self.special
     }
 
+    /// The engine as `tokenizer.json`, without the steps that add special tokens; `None` for SentencePiece tables,
+    /// which have no such form.
+    pub fn to_json(&self) -> Option<String> {
+        match &self.engine {
+            Engine::HuggingFace(engine) => engine.to_string(true).ok(),
+            Engine::SentencePiece(_) => None,
+        }
+    }
+
     /// Spelling of a special token as a chat template writes it.
     pub fn spelling(&self, id: Option<u32>) -> Option<String> {
         id.map(|id| String::from_utf8_lossy(self.vocabulary.bytes(id)).into_owned())
@@ -190,6 +199,21 @@ fn encode_only(tokenizer: &mut tokenizers::Tokenizer) -> Result<(), String> {
             Err("a word-piece or word-level model, expected BPE or Unigram".to_owned())
         }
     }
+}
+
+/// The tables with the kinds that engines give to some tokens by their text: what ends a generation is a control
+/// token however it was written, and an unused control token is never recognised in text.
+fn with_roles(tables: &GgufTokenizer, special: &SpecialTokens) -> GgufTokenizer {
+    let mut tables = tables.clone();
+    let spelt_as_special = |text: &str| text.contains(['<', '[']);
+    for (id, (text, kind)) in tables.tokens.iter().zip(&mut tables.token_types).enumerate() {
+        if *kind == TokenType::Control && text.contains("unused") {
+            *kind = TokenType::Unused;
+        } else if special.eos_ids.contains(&(id as u32)) && spelt_as_special(text) {
+            *kind = TokenType::Control;
+        }
+    }
+    tables
 }
 
 fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary), DataError> {
