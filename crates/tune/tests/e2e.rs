@@ -27,7 +27,7 @@ const ROUNDED_ACTIVATIONS: Limits = Limits { min_top1: 0.9, max_mean_kl: 1e-2, m
 #[test]
 fn base_model_gives_the_logits_of_llama_cpp() {
     let bench = Bench::new(&[]);
-    let base = bench.pull("smollm2:135m");
+    let base = pull("smollm2:135m");
     let tokens = root().join("tests/e2e/text.tokens.json");
     let ours = bench.tune_logits(&base, None, &tokens, "ours");
 
@@ -39,7 +39,7 @@ fn base_model_gives_the_logits_of_llama_cpp() {
 #[test]
 fn tokenizer_rebuilt_from_gguf_gives_the_ids_of_llama_cpp() {
     let bench = Bench::new(&[]);
-    let base = tune_formats::open(&bench.pull("smollm2:135m")).expect("SmolLM2 opens");
+    let base = tune_formats::open(&pull("smollm2:135m")).expect("SmolLM2 opens");
     let tokenizer = tune_data::Tokenizer::from_base(&base).expect("its tokenizer is rebuilt");
     let fixture = root().join("tests/parity/tokenizer");
     let want = read_json(&fixture.join("smollm2.json"));
@@ -57,7 +57,7 @@ fn tokenizer_rebuilt_from_gguf_gives_the_ids_of_llama_cpp() {
 #[test]
 fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     let bench = Bench::new(&["--with-torch"]);
-    let base = bench.pull("smollm2:135m");
+    let base = pull("smollm2:135m");
     let run = bench.path("run");
     tune(&[
         "train",
@@ -156,10 +156,6 @@ impl Bench {
         self.folder.path().join(name)
     }
 
-    fn pull(&self, reference: &str) -> PathBuf {
-        PathBuf::from(tune(&["pull", reference]).trim())
-    }
-
     fn export(&self, run: &Path, target: &str, name: &str) -> PathBuf {
         let out = self.path(name);
         tune(&["export", path(run), "--to", target, "--out", path(&out)]);
@@ -222,6 +218,11 @@ impl Bench {
         command.arg(root().join("tests").join(name)).args(arguments).env("OMP_WAIT_POLICY", "passive");
         command
     }
+}
+
+/// Where a model lies after `tune pull`.
+fn pull(reference: &str) -> PathBuf {
+    PathBuf::from(tune(&["pull", reference]).trim())
 }
 
 /// Standard output of our own program.
