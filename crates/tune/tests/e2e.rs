@@ -38,7 +38,7 @@ fn base_model_gives_the_logits_of_llama_cpp() {
 
 #[test]
 fn tokenizer_rebuilt_from_gguf_gives_the_ids_of_llama_cpp() {
-    let bench = Bench::new(&[]);
+    let _alone = alone();
     let base = tune_formats::open(&pull("smollm2:135m")).expect("SmolLM2 opens");
     let tokenizer = tune_data::Tokenizer::from_base(&base).expect("its tokenizer is rebuilt");
     let fixture = root().join("tests/parity/tokenizer");
@@ -134,16 +134,12 @@ fn adapter_trained_on_a_hugging_face_directory_opens_in_peft() {
 struct Bench {
     python: PathBuf,
     folder: TempDir,
-    /// One test at a time, also where each is a process: they share the set-up, the cores and the disk.
     _alone: File,
 }
 
 impl Bench {
     fn new(setup_arguments: &[&str]) -> Self {
-        let target = root().join("target");
-        fs::create_dir_all(&target).expect("target/ exists");
-        let alone = File::create(target.join("e2e.lock")).expect("lock file");
-        alone.lock().expect("lock is taken");
+        let alone = alone();
         let printed =
             text_of(Command::new("bash").arg(root().join("tests/e2e/setup.sh")).args(setup_arguments));
         let python =
@@ -218,6 +214,15 @@ impl Bench {
         command.arg(root().join("tests").join(name)).args(arguments).env("OMP_WAIT_POLICY", "passive");
         command
     }
+}
+
+/// Held by one test at a time, also where each is a process of its own: they share set-up, downloads and cores.
+fn alone() -> File {
+    let target = root().join("target");
+    fs::create_dir_all(&target).expect("target/ exists");
+    let file = File::create(target.join("e2e.lock")).expect("lock file");
+    file.lock().expect("lock is taken");
+    file
 }
 
 /// Where a model lies after `tune pull`.
