@@ -1,9 +1,9 @@
 //! Bytes of the frozen weights: from the header of a file, or from dimensions alone.
 
 use serde::Serialize;
-use tune_formats::{BaseModel, FormatError, ModelConfig};
+use tune_formats::{BaseModel, FormatError};
 use tune_quant::BlockType;
-use tune_recipe::{BaseFacts, Method, Quantization};
+use tune_recipe::{Method, Quantization};
 
 use crate::Shape;
 
@@ -62,21 +62,6 @@ pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<Weight
     }
     sum.linear_bits = (8 * linear_bytes / linear_elements.max(1)) as u32;
     Ok(sum)
-}
-
-/// What a recipe wants to know of an opened model.
-///
-/// # Errors
-/// A tensor that cannot be read.
-pub fn facts(base: &BaseModel) -> Result<BaseFacts, FormatError> {
-    let matrix = base.weights.matrix(&format!("{}.weight", ModelConfig::linear_path(0, "q_proj")))?;
-    Ok(BaseFacts {
-        parameters: Shape::from(&base.config).parameters(),
-        quantized: matrix.stored_bytes() < 2 * matrix.rows() * matrix.cols(),
-        num_hidden_layers: base.config.num_hidden_layers,
-        max_position_embeddings: base.config.max_position_embeddings,
-        linear_names: base.config.block_linears().map(|(name, ..)| name.to_owned()).into(),
-    })
 }
 
 /// What the weights of a model of this shape take when no file is at hand: NF4 block linears under QLoRA, else 16

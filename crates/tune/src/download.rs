@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use tune_hub::{ModelRef, Options, Progress, Resolved};
+use tune_hub::{HubError, ModelRef, Options, Progress, Resolved};
 
 /// Makes sure that the files of `reference` are on this machine. Shows a bar while something is fetched.
 pub fn resolve(reference: &ModelRef, refresh: bool) -> miette::Result<Resolved> {
@@ -13,7 +13,8 @@ pub fn resolve(reference: &ModelRef, refresh: bool) -> miette::Result<Resolved> 
     let resolved = tune_hub::resolve(reference, &options, &mut |progress| match progress {
         Progress::Started { file, from, bytes } => {
             let fresh = match bytes {
-                Some(bytes) => ProgressBar::new(bytes).with_style(style("{bytes} of {total_bytes}, {bytes_per_sec}, {eta} left")),
+                Some(bytes) => ProgressBar::new(bytes)
+                    .with_style(style("{bytes} of {total_bytes}, {bytes_per_sec}, {eta} left")),
                 None => ProgressBar::new_spinner().with_style(spinner()),
             };
             fresh.set_message(format!("{file} from {from}"));
@@ -48,11 +49,20 @@ pub fn resolve(reference: &ModelRef, refresh: bool) -> miette::Result<Resolved> 
     Ok(resolved?)
 }
 
+/// The files of `reference` if they are on this machine already; nothing is fetched.
+pub fn resolve_local(reference: &ModelRef) -> Result<Resolved, HubError> {
+    let mut options = Options::from_env(|name| std::env::var_os(name));
+    options.hub.offline = true;
+    options.pip.clear();
+    tune_hub::resolve(reference, &options, &mut |_| {})
+}
+
 fn style(numbers: &str) -> ProgressStyle {
     ProgressStyle::with_template(&format!("{{msg}}\n{{wide_bar}} {numbers}"))
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 fn spinner() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {msg} {bytes}").unwrap_or_else(|_| ProgressStyle::default_spinner())
+    ProgressStyle::with_template("{spinner} {msg} {bytes}")
+        .unwrap_or_else(|_| ProgressStyle::default_spinner())
 }

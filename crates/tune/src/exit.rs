@@ -6,6 +6,7 @@ use miette::{Diagnostic, Report};
 use thiserror::Error;
 use tune_data::DataError;
 use tune_export::ExportError;
+use tune_hub::HubError;
 use tune_recipe::RecipeError;
 
 /// Bad arguments or a bad recipe, as clap.
@@ -52,7 +53,8 @@ pub struct DoesNotFit {
 
 /// The exit code of an error that reached `main`.
 pub fn code_of(report: &Report) -> ExitCode {
-    let code = if report.is::<RecipeError>() || report.is::<UsageError>() {
+    let is_bad_reference = matches!(report.downcast_ref(), Some(HubError::BadReference { .. }));
+    let code = if report.is::<RecipeError>() || report.is::<UsageError>() || is_bad_reference {
         USAGE
     } else if report.is::<DoesNotFit>() {
         DOES_NOT_FIT
