@@ -38,7 +38,7 @@ pub enum ExportError {
         path: PathBuf,
     },
 
-    /// Something of another kind is where the export should go.
+    /// Something that an export does not replace is where it should go.
     #[error("{} is in the way: {reason}", path.display())]
     #[diagnostic(help("move it away, or choose another path with --out"))]
     InTheWay {
@@ -116,6 +116,13 @@ pub enum ExportError {
         /// Every difference.
         problems: Vec<String>,
     },
+}
+
+impl ExportError {
+    /// What was read back is not what was meant.
+    pub fn is_verification(&self) -> bool {
+        matches!(self, Self::Verification { .. })
+    }
 }
 
 /// A number of bytes for people.

@@ -18,6 +18,7 @@ use crate::{ExportError, ExportEvent, ExportRequest, Written, gguf_metadata, mer
 
 pub(crate) fn write(
     request: &ExportRequest<'_>,
+    notes: &mut Vec<String>,
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<Written, ExportError> {
     let (alpha, pairs) = pairs(request)?;
@@ -39,8 +40,11 @@ pub(crate) fn write(
         progress(ExportEvent::Wrote { done: 2 * done, tensors: count });
     }
     writer.finish()?;
-    verify(staged.path(), request.out, &metadata, &pairs)?;
-    progress(ExportEvent::Verified { done: count, tensors: count });
+    Differences::find(request, notes, |differences| {
+        verify(staged.path(), &metadata, &pairs, differences)?;
+        progress(ExportEvent::Verified { done: count, tensors: count });
+        Ok(())
+    })?;
     staged.publish()?;
     Ok(Written { tensors: count, retention: None })
 }
@@ -124,9 +128,13 @@ fn check_finite(pair: &Pair<'_>) -> Result<(), ExportError> {
 }
 
 /// Reads the file back and compares every value with the adapter's, row by row in Hugging Face order.
-fn verify(path: &Path, target: &Path, metadata: &Metadata, pairs: &[Pair<'_>]) -> Result<(), ExportError> {
+fn verify(
+    path: &Path,
+    metadata: &Metadata,
+    pairs: &[Pair<'_>],
+    differences: &mut Differences,
+) -> Result<(), ExportError> {
     let file = GgufFile::open(path)?;
-    let mut differences = Differences::new(target);
     differences.metadata(file.metadata(), metadata);
     if file.tensors().len() != 2 * pairs.len() {
         differences.push(format!("there are {} tensors, expected {}", file.tensors().len(), 2 * pairs.len()));
@@ -141,7 +149,7 @@ fn verify(path: &Path, target: &Path, metadata: &Metadata, pairs: &[Pair<'_>]) -
             differences.values(&b.name, stored.get(start..start + r).unwrap_or_default(), wanted);
         }
     }
-    differences.finish()
+    Ok(())
 }
 
 /// The values of a tensor as they lie in the file; none where it is not there as specified.

@@ -18,6 +18,7 @@ const ROPE_FREQS: &str = "rope_freqs.weight";
 pub(crate) fn write(
     request: &ExportRequest<'_>,
     block_type: BlockType,
+    notes: &mut Vec<String>,
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<Written, ExportError> {
     let base = request.base;
@@ -37,7 +38,9 @@ pub(crate) fn write(
         progress(ExportEvent::Wrote { done, tensors: tensors.len() });
     }
     writer.finish()?;
-    verify(staged.path(), request.out, &metadata, &tensors, progress)?;
+    Differences::find(request, notes, |differences| {
+        verify(staged.path(), &metadata, &tensors, differences, progress)
+    })?;
     staged.publish()?;
     Ok(Written { tensors: tensors.len(), retention: effect.retention() })
 }
@@ -110,12 +113,11 @@ fn rope_factors(base: &BaseModel) -> Result<Option<Vec<f32>>, ExportError> {
 /// list of tensors, and every row in Hugging Face order.
 fn verify(
     path: &Path,
-    target: &Path,
     metadata: &Metadata,
     tensors: &[PlannedTensor<'_>],
+    differences: &mut Differences,
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<(), ExportError> {
-    let mut differences = Differences::new(target);
     let model = tune_formats::open(path)?;
     let file = GgufFile::open(path)?;
     differences.metadata(file.metadata(), metadata);
@@ -126,7 +128,7 @@ fn verify(
         .collect();
     if found.iter().ne(tensors.iter().map(|tensor| &tensor.spec)) {
         differences.push("the list of tensors is another one");
-        return differences.finish();
+        return Ok(());
     }
     for (done, tensor) in (1..).zip(tensors) {
         let TensorSpec { name, block_type, .. } = &tensor.spec;
@@ -157,7 +159,7 @@ fn verify(
         }
         progress(ExportEvent::Verified { done, tensors: tensors.len() });
     }
-    differences.finish()
+    Ok(())
 }
 
 #[cfg(test)]

@@ -26,6 +26,9 @@ use std::path::{Path, PathBuf};
 use tune_formats::peft::{self, Adapter};
 use tune_formats::{BaseModel, Source};
 
+use staging::Staged;
+use verify::Differences;
+
 pub use error::ExportError;
 pub use go_template::Render;
 pub use retention::Retention;
@@ -57,9 +60,25 @@ pub struct ExportOptions<'a> {
     pub ollama_base: Option<&'a str>,
     /// `tokenizer.json` of a GGUF base, rebuilt from its metadata, for the safetensors target.
     pub tokenizer_json: Option<&'a str>,
+    /// What happens when the written file does not read back as meant.
+    pub verification: Verification,
+    /// A folder at the target is an earlier export and may be replaced. Files always are.
+    pub replace_folder: bool,
     /// Renders a conversation with the chat template used in training. Needed for the Modelfile's `TEMPLATE`, which
     /// is left out without it.
     pub render: Option<&'a Render<'a>>,
+}
+
+/// What happens when the written file does not read back as meant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verification {
+    /// The export fails and is not put in place.
+    #[default]
+    Strict,
+    /// The differences become notes of the report.
+    Warn,
+    /// The file is not read back.
+    Off,
 }
 
 /// What happens during an export.
@@ -118,10 +137,10 @@ pub fn export(
     refuse_to_overwrite_base(request)?;
     let mut notes = Vec::new();
     let written = match request.target {
-        ExportTarget::GgufLora => gguf_adapter::write(request, progress)?,
-        ExportTarget::Gguf(block_type) => gguf_model::write(request, block_type, progress)?,
+        ExportTarget::GgufLora => gguf_adapter::write(request, &mut notes, progress)?,
+        ExportTarget::Gguf(block_type) => gguf_model::write(request, block_type, &mut notes, progress)?,
         ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
-        ExportTarget::Peft => write_peft(request, progress)?,
+        ExportTarget::Peft => write_peft(request, &mut notes, progress)?,
     };
     let modelfile = match request.target {
         ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::write(request, &mut notes)?),
@@ -145,6 +164,7 @@ struct Written {
 
 fn write_peft(
     request: &ExportRequest<'_>,
+    notes: &mut Vec<String>,
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<Written, ExportError> {
     let ExportRequest { base, adapter, out, .. } = *request;
@@ -152,23 +172,24 @@ fn write_peft(
     let values: usize = adapter.layers.values().map(|lora| lora.a.len() + lora.b.len()).sum();
     let tensors = 2 * adapter.layers.len();
     let bytes = 4 * values as u64 + 256 * tensors as u64;
-    let staged = staging::Staged::folder(out, bytes)?;
+    let staged = Staged::folder(out, bytes, request.options.replace_folder)?;
     progress(ExportEvent::Started { tensors, bytes });
     peft::write(staged.path(), adapter)?;
     progress(ExportEvent::Wrote { done: tensors, tensors });
-    let mut differences = verify::Differences::new(out);
-    let found = peft::read(staged.path())?;
-    if found.layers.keys().ne(adapter.layers.keys()) {
-        differences.push("the list of layers is another one");
-    }
-    for (name, wanted) in &adapter.layers {
-        if let Some(found) = found.layers.get(name) {
-            differences.values(&format!("{name}.lora_A"), &found.a, &wanted.a);
-            differences.values(&format!("{name}.lora_B"), &found.b, &wanted.b);
+    Differences::find(request, notes, |differences| {
+        let found = peft::read(staged.path())?;
+        if found.layers.keys().ne(adapter.layers.keys()) {
+            differences.push("the list of layers is another one");
         }
-    }
-    differences.finish()?;
-    progress(ExportEvent::Verified { done: tensors, tensors });
+        for (name, wanted) in &adapter.layers {
+            if let Some(found) = found.layers.get(name) {
+                differences.values(&format!("{name}.lora_A"), &found.a, &wanted.a);
+                differences.values(&format!("{name}.lora_B"), &found.b, &wanted.b);
+            }
+        }
+        progress(ExportEvent::Verified { done: tensors, tensors });
+        Ok(())
+    })?;
     staged.publish()?;
     Ok(Written { tensors, retention: None })
 }

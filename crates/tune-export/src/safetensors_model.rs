@@ -41,7 +41,7 @@ pub(crate) fn write(
     let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| spec(base, tensor)).collect();
     let config = config_json(base, &specs)?;
     let size = specs.iter().map(|spec| spec.byte_len().unwrap_or_default() as u64 + 256).sum::<u64>();
-    let staged = Staged::folder(request.out, size)?;
+    let staged = Staged::folder(request.out, size, request.options.replace_folder)?;
     progress(ExportEvent::Started { tensors: specs.len(), bytes: size });
 
     let mut writer = ShardedWriter::create(staged.path(), &specs, MAX_SHARD)?;
@@ -54,7 +54,9 @@ pub(crate) fn write(
     writer.finish()?;
     write_bytes(&staged.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
     write_companions(request, staged.path(), notes)?;
-    verify(staged.path(), request.out, &tensors, &specs, progress)?;
+    Differences::find(request, notes, |differences| {
+        verify(staged.path(), &tensors, &specs, differences, progress)
+    })?;
     staged.publish()?;
     Ok(Written { tensors: specs.len(), retention: effect.retention() })
 }
@@ -194,7 +196,10 @@ fn write_companions(
         }
         Source::Gguf(_) => {
             match request.options.tokenizer_json {
-                Some(text) => write_bytes(&folder.join("tokenizer.json"), text.as_bytes())?,
+                Some(text) => {
+                    let json = tokenizer_json(base, text)?;
+                    write_bytes(&folder.join("tokenizer.json"), format!("{json:#}\n").as_bytes())?;
+                }
                 None => {
                     notes.push("no tokenizer.json: the base keeps its tokenizer in GGUF metadata".to_owned());
                 }
@@ -216,6 +221,24 @@ fn write_companions(
     }
 }
 
+/// A tokenizer rebuilt from GGUF tables with the step that puts BOS in front, which transformers takes from here.
+fn tokenizer_json(base: &BaseModel, text: &str) -> Result<Value, FormatError> {
+    let mut json: Value = serde_json::from_str(text)
+        .map_err(|source| FormatError::Json { path: base.path.join("tokenizer.json"), source })?;
+    let bos = special_text::text(&base.tokenizer, base.special.bos)?.filter(|_| base.special.add_bos);
+    if let (Some(bos), Some(id)) = (bos, base.special.bos) {
+        let special = json!({"SpecialToken": {"id": bos, "type_id": 0}});
+        let sequence = |name: &str, type_id: u8| json!({"Sequence": {"id": name, "type_id": type_id}});
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing",
+            "single": [special, sequence("A", 0)],
+            "pair": [special, sequence("A", 0), sequence("B", 1)],
+            "special_tokens": {bos.as_str(): {"id": bos, "ids": [id], "tokens": [bos]}},
+        });
+    }
+    Ok(json)
+}
+
 fn tokenizer_config(base: &BaseModel) -> Result<Value, FormatError> {
     let mut config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -235,12 +258,11 @@ fn tokenizer_config(base: &BaseModel) -> Result<Value, FormatError> {
 /// Reads the folder back through the project's own reader and compares every row.
 fn verify(
     folder: &Path,
-    target: &Path,
     tensors: &[MergedTensor<'_>],
     specs: &[TensorSpec],
+    differences: &mut Differences,
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<(), ExportError> {
-    let mut differences = Differences::new(target);
     let files = SafetensorsFiles::open_directory(folder)?;
     if files.tensors().len() != specs.len() {
         differences.push(format!("there are {} tensors, expected {}", files.tensors().len(), specs.len()));
@@ -260,7 +282,7 @@ fn verify(
         }
         progress(ExportEvent::Verified { done, tensors: specs.len() });
     }
-    differences.finish()
+    Ok(())
 }
 
 fn read_json(path: &Path) -> Result<Value, FormatError> {

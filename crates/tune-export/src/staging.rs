@@ -26,10 +26,11 @@ impl Staged {
         Self::new(target, needed)
     }
 
-    /// Prepares to write `needed` bytes to a folder that will be `target`.
-    pub(crate) fn folder(target: &Path, needed: u64) -> Result<Self, ExportError> {
+    /// Prepares to write `needed` bytes to a folder that will be `target`. A folder with files in it may be there
+    /// only if `replace` says so.
+    pub(crate) fn folder(target: &Path, needed: u64, replace: bool) -> Result<Self, ExportError> {
         let reason = match fs::read_dir(target) {
-            Ok(mut entries) => entries.next().map(|_| "the folder is not empty"),
+            Ok(mut entries) => entries.next().filter(|_| !replace).map(|_| "the folder is not empty"),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(_) => Some("it is not a folder"),
         };
@@ -58,10 +59,18 @@ impl Staged {
 
     /// Puts the export in place of whatever file was there.
     pub(crate) fn publish(mut self) -> Result<(), ExportError> {
+        let write = |error| write_error(&self.target, error);
         if self.place.is_dir() && self.target.is_dir() {
-            fs::remove_dir(&self.target).map_err(|error| write_error(&self.target, error))?;
+            let replaced = self.place.with_extension("replaced");
+            fs::rename(&self.target, &replaced).map_err(write)?;
+            if let Err(error) = fs::rename(&self.place, &self.target) {
+                let _ = fs::rename(&replaced, &self.target); // the first error is the one to report
+                return Err(write(error));
+            }
+            fs::remove_dir_all(&replaced).map_err(|error| write_error(&replaced, error))?;
+        } else {
+            fs::rename(&self.place, &self.target).map_err(write)?;
         }
-        fs::rename(&self.place, &self.target).map_err(|error| write_error(&self.target, error))?;
         self.published = true;
         sync(directory_of(&self.target)).map_err(|error| write_error(&self.target, error))
     }
@@ -158,15 +167,20 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_never_overwritten() -> Result<(), ExportError> {
+    fn folders_are_replaced_only_where_that_is_asked_for() -> Result<(), ExportError> {
         let dir = tempfile::tempdir().expect("temporary directory");
         let target = dir.path().join("model");
         fs::create_dir(&target).expect("created");
-        let staged = Staged::folder(&target, 1)?;
+        let staged = Staged::folder(&target, 1, false)?;
         fs::write(staged.path().join("a"), "1").expect("written");
         staged.publish()?;
         assert_eq!(names(&target), ["a"]);
-        assert!(matches!(Staged::folder(&target, 1), Err(ExportError::InTheWay { .. })));
+        assert!(matches!(Staged::folder(&target, 1, false), Err(ExportError::InTheWay { .. })));
+        let staged = Staged::folder(&target, 1, true)?;
+        fs::write(staged.path().join("b"), "1").expect("written");
+        assert_eq!(names(&target), ["a"]);
+        staged.publish()?;
+        assert_eq!((names(&target), names(dir.path())), (vec!["b".into()], vec!["model".into()]));
         assert!(matches!(Staged::file(&target, 1), Err(ExportError::InTheWay { .. })));
         Ok(())
     }

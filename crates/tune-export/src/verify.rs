@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tune_formats::gguf::Metadata;
 use tune_quant::BlockType;
 
-use crate::ExportError;
+use crate::{ExportError, ExportRequest, Verification};
 
 /// Differences found so far; one a tensor, for a wrong tensor is mostly wrong in all its rows.
 pub(crate) struct Differences {
@@ -16,7 +16,26 @@ pub(crate) struct Differences {
 }
 
 impl Differences {
-    pub(crate) fn new(target: &Path) -> Self {
+    /// Lets `compare` look for differences, and does with them what the request asks for.
+    pub(crate) fn find(
+        request: &ExportRequest<'_>,
+        notes: &mut Vec<String>,
+        compare: impl FnOnce(&mut Self) -> Result<(), ExportError>,
+    ) -> Result<(), ExportError> {
+        let verification = request.options.verification;
+        if verification == Verification::Off {
+            return Ok(());
+        }
+        let mut differences = Self::new(request.out);
+        compare(&mut differences)?;
+        match differences.finish() {
+            Err(error) if verification == Verification::Warn => notes.push(error.to_string()),
+            result => return result,
+        }
+        Ok(())
+    }
+
+    fn new(target: &Path) -> Self {
         Self { target: target.to_owned(), problems: Vec::new(), last_tensor: String::new() }
     }
 
@@ -65,7 +84,7 @@ impl Differences {
         }
     }
 
-    pub(crate) fn finish(self) -> Result<(), ExportError> {
+    fn finish(self) -> Result<(), ExportError> {
         if self.problems.is_empty() {
             Ok(())
         } else {
