@@ -146,6 +146,10 @@ impl ChatTemplate {
         environment.add_filter("generation_span", |body: String| {
             format!("{GENERATION_START}{body}{GENERATION_END}")
         });
+        // Jinja iterates strings but not none, and templates tell `tools=None` apart by that.
+        environment.add_test("iterable", |value: &Value| {
+            value.is_undefined() || (!value.is_none() && value.try_iter().is_ok()) || value.as_str().is_some()
+        });
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -221,8 +225,7 @@ fn without_marks(marked: &str) -> Rendered {
 /// JSON as Python's `json.dumps(…, ensure_ascii=False)` writes it, without HTML escapes.
 fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    // accepted and without effect: text is never escaped, and keys keep their order
-    let _: Option<bool> = options.get("ensure_ascii")?;
+    let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
@@ -245,7 +248,21 @@ fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
         json.serialize(&mut Serializer::with_formatter(&mut out, PythonFormatter { item, key }))
             .map_err(failed)?;
     }
-    Ok(Value::from(String::from_utf8_lossy(&out).into_owned()))
+    let text = String::from_utf8_lossy(&out).into_owned();
+    Ok(Value::from(if ensure_ascii == Some(true) { escape_non_ascii(&text) } else { text }))
+}
+
+/// Non-ASCII as `\uXXXX`, in surrogate pairs above U+FFFF. In JSON it only occurs inside strings.
+fn escape_non_ascii(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for character in json.chars() {
+        if character.is_ascii() {
+            out.push(character);
+        } else {
+            out.extend(character.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        }
+    }
+    out
 }
 
 /// One line of JSON with the separators of Python.
@@ -369,6 +386,13 @@ mod tests {
             ),
             r#"{"a":"é","b":1}"#
         );
+    }
+
+    #[test]
+    fn none_is_not_iterable() {
+        let test = "{{ tools is iterable }}{{ messages is iterable }}{{ 'a' is iterable }}{{ {} is iterable }}{{ 1 is iterable }}";
+        assert_eq!(render(test), "FalseTrueTrueTrueFalse");
+        assert_eq!(render("{{ 'é👋' | tojson(ensure_ascii=true) }}"), r#""\u00e9\ud83d\udc4b""#);
     }
 
     #[test]
