@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -34,6 +35,21 @@ fn base_model_gives_the_logits_of_llama_cpp() {
     let float32 = bench.dequantise(&base, "base-f32.gguf");
     bench.compare(&bench.llama_logits(&float32, None, &tokens, "float32"), &ours, &SAME_WEIGHTS);
     bench.compare(&bench.llama_logits(&base, None, &tokens, "as-it-is"), &ours, &ROUNDED_ACTIVATIONS);
+}
+
+#[test]
+fn base_model_gives_the_top_logits_of_transformers() {
+    let bench = Bench::new(&[]);
+    let fixture = root().join("tests/parity/smollm2");
+    let ours = bench.tune_logits(&pull("smollm2:135m"), None, &fixture.join("tokens.json"), "ours");
+    let (ours, want) = (Tensors::read(&ours), Tensors::read(&fixture.join("top16.safetensors")));
+    let (logits, top_logits) = (ours.floats("logits_0"), want.floats("top_logits_0"));
+    let vocab = logits.len() / 64;
+    for (i, (id, want)) in want.integers("top_ids_0").into_iter().zip(top_logits).enumerate() {
+        let position = i / 16;
+        let got = logits[position * vocab + id];
+        assert!((got - want).abs() < 1e-3, "position {position}, token {id}: got {got}, want {want}");
+    }
 }
 
 #[test]
@@ -246,6 +262,29 @@ fn text_of(command: &mut Command) -> String {
     let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
     assert!(status.success(), "{command:?}: {status}\n{stdout}\n{stderr}");
     stdout.into_owned()
+}
+
+/// A safetensors file in memory.
+struct Tensors(Vec<u8>);
+
+impl Tensors {
+    fn read(file: &Path) -> Self {
+        Self(fs::read(file).unwrap_or_else(|e| panic!("{}: {e}", file.display())))
+    }
+
+    fn words(&self, name: &str) -> Vec<[u8; 4]> {
+        let file = SafeTensors::deserialize(&self.0).expect("safetensors");
+        let tensor = file.tensor(name).expect("tensor is in the file");
+        tensor.data().chunks_exact(4).map(|word| word.try_into().expect("four bytes")).collect()
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        self.words(name).into_iter().map(f32::from_le_bytes).collect()
+    }
+
+    fn integers(&self, name: &str) -> Vec<usize> {
+        self.words(name).into_iter().map(|word| u32::from_le_bytes(word) as usize).collect()
+    }
 }
 
 fn losses(run: &Path) -> Vec<f64> {
