@@ -55,6 +55,7 @@ fn describe_chat(
             modelfile.template = Some(template);
             modelfile.system = default_system;
         }
+        None if request.options.render.is_none() => {}
         None if has_template => notes.push(
             "the chat template has no known Go form, so the Modelfile has no TEMPLATE: use Ollama 0.30 or newer, \
              which runs the template in the GGUF file"

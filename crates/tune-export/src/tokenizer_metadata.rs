@@ -27,7 +27,8 @@ pub(crate) fn metadata(
         refuse(format!("its model is {kind} without byte-level or byte-fallback tokens, expected such a BPE"))
     })?;
     let tokenizer = Tokenizer::from_file(tokenizer_json).map_err(|error| refuse(error.to_string()))?;
-    let vocabulary = Vocabulary::new(&json, kind, base.config.vocab_size).map_err(&refuse)?;
+    let unknown = unknown_token(&json, &config);
+    let vocabulary = Vocabulary::new(&json, kind, unknown, base.config.vocab_size).map_err(&refuse)?;
 
     let mut keys = Metadata::new();
     keys.set("tokenizer.ggml.model", kind.name().into());
@@ -45,7 +46,7 @@ pub(crate) fn metadata(
         keys.set("tokenizer.ggml.scores", scores(&vocabulary, &merges).into());
     }
     let types: Vec<i32> = vocabulary.types.iter().map(|kind| kind.to_ggml()).collect();
-    let unknown = unknown_token(&json, &config).and_then(|text| vocabulary.id(&text));
+    let unknown = unknown.and_then(|text| vocabulary.id(text));
     keys.set("tokenizer.ggml.tokens", vocabulary.texts.into());
     keys.set("tokenizer.ggml.token_type", types.into());
     if kind == Kind::ByteLevel {
@@ -106,7 +107,7 @@ struct Vocabulary {
 }
 
 impl Vocabulary {
-    fn new(json: &Json, kind: Kind, size: usize) -> Result<Self, String> {
+    fn new(json: &Json, kind: Kind, unknown: Option<&str>, size: usize) -> Result<Self, String> {
         let mut texts: Vec<Option<String>> = vec![None; size];
         let mut types = vec![TokenType::Unused; size];
         let mut set = |id: Option<u64>, text: &str, kind: TokenType| {
@@ -118,10 +119,9 @@ impl Vocabulary {
             types[id] = kind;
             Ok(())
         };
-        let unknown = json["model"]["unk_token"].as_str();
         for (text, id) in json["model"]["vocab"].as_object().into_iter().flatten() {
             let of_piece = match kind {
-                Kind::SentencePiece if Some(text.as_str()) == unknown => TokenType::Unknown,
+                Kind::SentencePiece if unknown == Some(text) => TokenType::Unknown,
                 Kind::SentencePiece if is_byte(text) => TokenType::Byte,
                 _ => TokenType::Normal,
             };
@@ -130,7 +130,7 @@ impl Vocabulary {
         for token in json["added_tokens"].as_array().into_iter().flatten() {
             let text = token["content"].as_str().ok_or("an added token has no text")?;
             let id = token["id"].as_u64();
-            if kind == Kind::SentencePiece && Some(text) == unknown {
+            if kind == Kind::SentencePiece && unknown == Some(text) {
                 set(id, text, TokenType::Unknown)?;
             } else if token["special"] == true || looks_like_control(text) {
                 set(id, text, TokenType::Control)?;
@@ -189,11 +189,9 @@ fn spell_merge(left: &str, right: &str) -> String {
     format!("{} {}", left.replace(' ', "\u{120}"), right.replace(' ', "\u{120}"))
 }
 
-fn unknown_token(json: &Json, config: &Json) -> Option<String> {
+fn unknown_token<'a>(json: &'a Json, config: &'a Json) -> Option<&'a str> {
     let token = &config["unk_token"];
-    let text =
-        token.as_str().or_else(|| token["content"].as_str()).or_else(|| json["model"]["unk_token"].as_str());
-    text.map(str::to_owned)
+    token.as_str().or_else(|| token["content"].as_str()).or_else(|| json["model"]["unk_token"].as_str())
 }
 
 /// Whether the post-processor ends a text with a special token.
@@ -250,4 +248,68 @@ fn looks_like_control(text: &str) -> bool {
 fn read(path: &Path) -> Result<Json, FormatError> {
     let bytes = std::fs::read(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
     serde_json::from_slice(&bytes).map_err(|source| FormatError::Json { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use TokenType::{Byte, Control, Normal, Unknown, Unused, UserDefined};
+    use serde_json::json;
+
+    use super::*;
+
+    fn sentence_piece() -> Json {
+        json!({
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u{2581}"}]},
+            "pre_tokenizer": null,
+            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]},
+            "post_processor": {"type": "TemplateProcessing", "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]},
+            "added_tokens": [
+                {"id": 0, "content": "<unk>", "special": true},
+                {"id": 1, "content": "<s>", "special": true},
+                {"id": 7, "content": "\u{2581}\u{2581}", "special": false},
+                {"id": 8, "content": "<|user|>", "special": false},
+            ],
+            "model": {
+                "type": "BPE", "byte_fallback": true, "unk_token": "<unk>",
+                "vocab": {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3, "b": 4, "ab": 5, "aab": 6},
+                "merges": ["a b", ["a", "ab"]],
+            },
+        })
+    }
+
+    #[test]
+    fn sentence_piece_types_and_scores_follow_the_pieces() {
+        let json = sentence_piece();
+        let kind = Kind::of(&json).expect("known");
+        assert_eq!((kind.name(), adds_space(&json), adds_eos(&json)), ("llama", true, false));
+        let vocabulary =
+            Vocabulary::new(&json, kind, unknown_token(&json, &Json::Null), 10).expect("ten rows");
+        assert_eq!(
+            vocabulary.types,
+            [Unknown, Control, Byte, Normal, Normal, Normal, Normal, UserDefined, Control, Unused]
+        );
+        assert_eq!(vocabulary.texts[7], "  ");
+        assert_eq!(vocabulary.texts[9], "[PAD9]");
+        let scores = scores(&vocabulary, &merges(&json).expect("two forms"));
+        assert_eq!(scores[5..8], [0.0, -1.0, -1000.0]);
+    }
+
+    #[test]
+    fn a_vocabulary_larger_than_the_embedding_is_refused() {
+        let json = sentence_piece();
+        let error = Vocabulary::new(&json, Kind::SentencePiece, None, 8).err();
+        assert_eq!(error.as_deref(), Some("token \"<|user|>\" has id 8, but the embedding has 8 rows"));
+    }
+
+    #[test]
+    fn other_kinds_are_not_guessed() {
+        assert!(Kind::of(&json!({"model": {"type": "Unigram"}})).is_none());
+        assert!(Kind::of(&json!({"model": {"type": "BPE"}, "decoder": {"type": "WordPiece"}})).is_none());
+    }
+
+    #[test]
+    fn merges_spell_spaces() {
+        assert_eq!(spell_merge("a ", "b"), "a\u{120} b");
+    }
 }
