@@ -137,7 +137,11 @@ impl ChatTemplate {
         let (source, has_generation) = generation_as_filter(source);
         let mut environment = Environment::new();
         environment.set_syntax(
-            SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(syntax_error)?,
+            SyntaxConfig::builder()
+                .trim_blocks(true)
+                .lstrip_blocks(true)
+                .build()
+                .map_err(|error| syntax_error(&error))?,
         );
         environment.set_debug(true);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
@@ -154,7 +158,7 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", move |format: String| strftime(&format, clock));
-        environment.add_template_owned(NAME, source).map_err(syntax_error)?;
+        environment.add_template_owned(NAME, source).map_err(|error| syntax_error(&error))?;
         Ok(Self { environment, special, has_generation, has_thinking_switch })
     }
 
@@ -223,14 +227,15 @@ fn without_marks(marked: &str) -> Rendered {
 }
 
 /// JSON as Python's `json.dumps(…, ensure_ascii=False)` writes it, without HTML escapes.
-fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
+#[allow(clippy::needless_pass_by_value, reason = "filters get their options by value")]
+fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
     let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
-    let mut json = serde_json::to_value(&value).map_err(failed)?;
+    let mut json = serde_json::to_value(value).map_err(failed)?;
     if sort_keys == Some(true) {
         json.sort_all_objects();
     }
@@ -314,8 +319,8 @@ fn strftime(format: &str, clock: Clock) -> Result<String, Error> {
     Ok(text)
 }
 
-fn syntax_error(error: Error) -> DataError {
-    let (line, reason, source_text) = describe(&error);
+fn syntax_error(error: &Error) -> DataError {
+    let (line, reason, source_text) = describe(error);
     DataError::TemplateSyntax { line, reason, source_text }
 }
 

@@ -48,7 +48,8 @@ impl Message {
             content_text(fields.get("content"), &role, calls || fields.contains_key("function_call"))?;
         fields.insert("content".to_owned(), content.into());
         if calls {
-            parse_arguments(fields.get_mut("tool_calls"))?;
+            let calls = fields.get_mut("tool_calls").and_then(Value::as_array_mut);
+            calls.ok_or("tool_calls is not a list")?.iter_mut().try_for_each(parse_arguments)?;
         } else {
             fields.remove("tool_calls");
         }
@@ -191,24 +192,21 @@ fn part_text(part: &Value) -> Result<&str, String> {
     }
 }
 
-fn parse_arguments(calls: Option<&mut Value>) -> Result<(), String> {
-    let Some(Value::Array(calls)) = calls else { return Err("tool_calls is not a list".to_owned()) };
-    for call in calls {
-        if call.get("function").is_none() && call.get("name").is_some() {
-            let function = call.take();
-            *call = json!({"type": "function", "function": function});
-        }
-        let function = call.get_mut("function").and_then(Value::as_object_mut);
-        let function = function.ok_or("a tool call has no function")?;
-        if !function.get("name").is_some_and(Value::is_string) {
-            return Err("a tool call has no function name".to_owned());
-        }
-        if let Some(Value::String(text)) = function.get("arguments") {
-            let parsed = if text.trim().is_empty() { Ok(json!({})) } else { serde_json::from_str(text) };
-            let parsed: Value =
-                parsed.map_err(|error| format!("arguments of a tool call are not JSON: {error}"))?;
-            function.insert("arguments".to_owned(), parsed);
-        }
+fn parse_arguments(call: &mut Value) -> Result<(), String> {
+    if call.get("function").is_none() && call.get("name").is_some() {
+        let function = call.take();
+        *call = json!({"type": "function", "function": function});
+    }
+    let function = call.get_mut("function").and_then(Value::as_object_mut);
+    let function = function.ok_or("a tool call has no function")?;
+    if !function.get("name").is_some_and(Value::is_string) {
+        return Err("a tool call has no function name".to_owned());
+    }
+    if let Some(Value::String(text)) = function.get("arguments") {
+        let parsed = if text.trim().is_empty() { Ok(json!({})) } else { serde_json::from_str(text) };
+        let parsed: Value =
+            parsed.map_err(|error| format!("arguments of a tool call are not JSON: {error}"))?;
+        function.insert("arguments".to_owned(), parsed);
     }
     Ok(())
 }

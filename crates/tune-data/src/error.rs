@@ -194,11 +194,11 @@ fn counted(count: usize, noun: &str) -> String {
 
 /// The listed rows, one a line, and a count of the rest.
 fn listed(rows: &[RowProblem], count: usize) -> String {
-    let mut text = rows.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  ");
+    let mut lines: Vec<_> = rows.iter().map(ToString::to_string).collect();
     if count > rows.len() {
-        text += &format!("\n  (and {} more)", count - rows.len());
+        lines.push(format!("(and {} more)", count - rows.len()));
     }
-    text
+    lines.join("\n  ")
 }
 
 fn quoted(source: &str) -> String {

@@ -17,6 +17,7 @@ mod report;
 mod sample;
 mod sentencepiece;
 mod tokenizer;
+mod tokenizer_json;
 mod vocabulary;
 
 pub use batch::{BatchOptions, BatchPlan, Batcher, IGNORED, MicroBatch};

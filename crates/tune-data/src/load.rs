@@ -109,7 +109,7 @@ pub fn load(
             match outcome {
                 Ok(Outcome::Unused(Unused::NoTarget)) => report.without_target += 1,
                 Ok(Outcome::Unused(Unused::TextLost)) => report.text_lost += 1,
-                Ok(Outcome::Samples { kept, lengths, truncated, split, dropped }) => {
+                Ok(Outcome::Samples { kept, lengths, truncated, split, dropped, endless }) => {
                     let too_long = lengths.iter().copied().filter(|len| *len > options.sequence_len).max();
                     if options.overlong == Overlong::Error
                         && let Some(len) = too_long
@@ -121,6 +121,7 @@ pub fn load(
                     report.truncated += usize::from(truncated);
                     report.split += usize::from(split);
                     report.overlong += usize::from(dropped);
+                    report.endless += usize::from(endless);
                     if kept.is_empty() && !dropped {
                         report.without_target += 1;
                     }
@@ -186,6 +187,7 @@ enum Outcome {
         truncated: bool,
         split: bool,
         dropped: bool,
+        endless: bool,
     },
     Unused(Unused),
 }
@@ -237,10 +239,12 @@ fn outcome(
     line: &[u8],
 ) -> Result<Outcome, RowFault> {
     let row = row(source, format, line).map_err(RowFault::Bad)?;
+    let ends = !matches!(row, Row::Tokens(_)) && source.train_on != TrainOn::All;
     let samples = match samples(masker, row, source.train_on, options.vocab_size)? {
         Ok(samples) => samples,
         Err(unused) => return Ok(Outcome::Unused(unused)),
     };
+    let endless = ends && samples.last().is_some_and(|sample| !stops(sample, masker.tokenizer));
     let lengths: Vec<_> = samples.iter().map(Sample::len).collect();
     let too_long = lengths.iter().any(|len| *len > options.sequence_len);
     let (mut truncated, mut split, mut dropped) = (false, false, false);
@@ -265,7 +269,13 @@ fn outcome(
         split = options.overlong == Overlong::Split && !kept.is_empty();
         dropped = !truncated && !split;
     }
-    Ok(Outcome::Samples { kept, lengths, truncated, split, dropped })
+    Ok(Outcome::Samples { kept, lengths, truncated, split, dropped, endless })
+}
+
+/// The last target ends generation.
+fn stops(sample: &Sample, tokenizer: &Tokenizer) -> bool {
+    let last = sample.trained.iter().rposition(|trained| *trained);
+    last.is_some_and(|last| tokenizer.special().eos_ids.contains(&sample.input_ids[last]))
 }
 
 fn row(source: &DataSource, format: Option<Format>, line: &[u8]) -> Result<Row, String> {

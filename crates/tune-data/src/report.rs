@@ -40,7 +40,11 @@ pub struct SourceReport {
     pub without_target: usize,
     /// Rows that were left out because the chat template drops what the assistant said.
     pub text_lost: usize,
+    /// Rows whose last answer does not end with a token that ends generation: a model trained on them does not
+    /// stop by itself. Not counted for tokenised rows, nor where every token is trained.
+    pub endless: usize,
     /// Lengths of the rendered rows in tokens, before any cutting, in the order of the file.
+    #[serde(skip)]
     pub lengths: Vec<usize>,
 }
 
@@ -157,6 +161,7 @@ impl SourceReport {
             overlong: 0,
             without_target: 0,
             text_lost: 0,
+            endless: 0,
             lengths: Vec::new(),
         }
     }

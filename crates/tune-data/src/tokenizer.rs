@@ -8,18 +8,18 @@
 
 use std::sync::OnceLock;
 
+use tokenizers::AddedToken;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::replace::Replace;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, ModelWrapper};
 use tune_formats::{BaseModel, GgufTokenizer, SpecialTokens, TokenType, TokenizerFiles};
 
-use crate::DataError;
 use crate::pre_tokenizer::PreTokenizer;
 use crate::sentencepiece::{SPACE, SentencePiece};
 use crate::vocabulary::{Spelling, StreamDecoder, Vocabulary};
+use crate::{DataError, tokenizer_json};
 
 /// Kinds of `tokenizer.ggml.model` that can be rebuilt.
 const SUPPORTED: &str = "gpt2, gemma4, llama";
@@ -66,9 +66,7 @@ impl Tokenizer {
         let (engine, vocabulary) = match files {
             TokenizerFiles::Json { tokenizer_json, .. } => {
                 let invalid = |reason| DataError::TokenizerFile { path: tokenizer_json.clone(), reason };
-                let mut tokenizer = tokenizers::Tokenizer::from_file(tokenizer_json)
-                    .map_err(|error| invalid(error.to_string()))?;
-                encode_only(&mut tokenizer).map_err(invalid)?;
+                let tokenizer = tokenizer_json::load(tokenizer_json).map_err(invalid)?;
                 let vocabulary = Vocabulary::of(&tokenizer).map_err(invalid)?;
                 (Engine::HuggingFace(Box::new(tokenizer)), vocabulary)
             }
@@ -180,27 +178,6 @@ impl Tokenizer {
     }
 }
 
-/// Strips what would change ids or offsets: BOS and EOS come from [`Tokenizer::encode_sequence`] alone, and
-/// `trim_offsets` of a byte-level post-processor would hide the space in front of a word.
-fn encode_only(tokenizer: &mut tokenizers::Tokenizer) -> Result<(), String> {
-    tokenizer.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
-    tokenizer.with_padding(None);
-    tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
-    match tokenizer.get_model() {
-        ModelWrapper::BPE(bpe) => {
-            let unknown = bpe.get_unk_token().clone();
-            match unknown.filter(|token| tokenizer.token_to_id(token).is_none()) {
-                Some(token) => Err(format!("its unknown token {token:?} is not in the vocabulary")),
-                None => Ok(()),
-            }
-        }
-        ModelWrapper::Unigram(_) => Ok(()),
-        ModelWrapper::WordPiece(_) | ModelWrapper::WordLevel(_) => {
-            Err("a word-piece or word-level model, expected BPE or Unigram".to_owned())
-        }
-    }
-}
-
 /// The tables with the kinds that engines give to some tokens by their text: what ends a generation is a control
 /// token however it was written, and an unused control token is never recognised in text.
 fn with_roles(tables: &GgufTokenizer, special: &SpecialTokens) -> GgufTokenizer {
@@ -258,10 +235,9 @@ fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary)
 
 /// GPT-2's BPE over bytes spelt as characters.
 fn byte_level_bpe(tables: &GgufTokenizer, pre: &PreTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
-    let bpe = BPE::builder()
-        .vocab_and_merges(vocab(tables)?, merges(tables)?)
-        .ignore_merges(pre.ignore_merges)
-        .build()?;
+    let vocab = vocab(tables)?;
+    let merges = merges(tables, &vocab)?;
+    let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges).build()?;
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
     tokenizer.with_pre_tokenizer(Some(pre.build()?));
     tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(
@@ -273,8 +249,9 @@ fn byte_level_bpe(tables: &GgufTokenizer, pre: &PreTokenizer) -> tokenizers::Res
 
 /// Gemma 4's BPE over characters, with `▁` for a space and byte tokens for what is not in the vocabulary.
 fn character_bpe(tables: &GgufTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
-    let mut builder =
-        BPE::builder().vocab_and_merges(vocab(tables)?, merges(tables)?).byte_fallback(true).fuse_unk(true);
+    let vocab = vocab(tables)?;
+    let merges = merges(tables, &vocab)?;
+    let mut builder = BPE::builder().vocab_and_merges(vocab, merges).byte_fallback(true).fuse_unk(true);
     if let Some(unknown) = tables.unk.and_then(|id| tables.tokens.get(id as usize)) {
         builder = builder.unk_token(unknown.clone());
     }
@@ -296,14 +273,19 @@ fn vocab(tables: &GgufTokenizer) -> tokenizers::Result<Vocab> {
     Ok(vocab)
 }
 
-/// `left right`, separated by the first space that is not the very first character.
-fn merges(tables: &GgufTokenizer) -> tokenizers::Result<Vec<(String, String)>> {
+/// `left right`, separated by the first space that is not the very first character. Both and what they give must
+/// be tokens: the tokenizers crate indexes out of bounds otherwise.
+fn merges(tables: &GgufTokenizer, vocab: &Vocab) -> tokenizers::Result<Vec<(String, String)>> {
     let split = |(index, merge): (usize, &String)| {
         let first = merge.chars().next().map_or(0, char::len_utf8);
-        let space = merge[first..]
-            .find(' ')
-            .ok_or_else(|| format!("merge {index} is {merge:?}, expected two parts"))?;
-        Ok((merge[..first + space].to_owned(), merge[first + space + 1..].to_owned()))
+        let space = merge[first..].find(' ').map(|at| first + at);
+        let space = space.ok_or_else(|| format!("merge {index} is {merge:?}, expected two parts"))?;
+        let (left, right) = (&merge[..space], &merge[space + 1..]);
+        let joined = [left, right].concat();
+        match [left, right, &joined].into_iter().find(|part| !vocab.contains_key(*part)) {
+            Some(part) => Err(format!("merge {index} is {merge:?} and {part:?} is not a token").into()),
+            None => Ok((left.to_owned(), right.to_owned())),
+        }
     };
     tables.merges.iter().enumerate().map(split).collect()
 }

@@ -222,6 +222,17 @@ fn an_end_of_document_after_the_turn_is_not_trained() {
 }
 
 #[test]
+fn a_template_without_a_turn_end_is_reported() {
+    let template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+    let row = chat(&[("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]);
+    let data = load_as(template, TrainOn::Assistant, std::slice::from_ref(&row));
+    // one token holds the last space of the header and the answer; it is trained for the answer's sake
+    assert_eq!(marked(&data.samples[0]), "user: a\nassistant:⟦ b⟧\nuser: c\nassistant:⟦ d⟧\n");
+    assert_eq!(data.report.sources[0].endless, 1);
+    assert_eq!(load_as(SMOLLM2, TrainOn::Assistant, &[row]).report.sources[0].endless, 0);
+}
+
+#[test]
 fn prompts_are_chats_with_a_template_and_plain_text_without() {
     let rows = [json!({"prompt": "1 + 1 =", "completion": " 2"})];
     let data = load_as(SMOLLM2, TrainOn::Assistant, &rows);
@@ -365,5 +376,5 @@ fn rows_are_held_out_whole_and_by_seed() {
     assert_eq!(data.split(0.2, 42), (train.clone(), val));
     assert_ne!(data.split(0.2, 43).0, train);
     assert!(data.split(0.0, 42).1.is_empty());
-    assert_eq!(data.split(0.001, 42).1.is_empty(), false, "at least one row");
+    assert!(!data.split(0.001, 42).1.is_empty(), "at least one row");
 }

@@ -103,6 +103,7 @@ fn fates(source: &SourceReport, limit: usize) -> Vec<String> {
         (source.without_target, "left out: no token to train on".to_owned()),
         (source.text_lost, "left out: the chat template drops what the assistant said".to_owned()),
         (source.truncated, format!("cut at sequence_len = {limit}")),
+        (source.endless, "never say when to stop: the answer ends without an end-of-turn token".to_owned()),
         (source.split, format!("split into samples of at most sequence_len = {limit}")),
     ]
     .into_iter()
