@@ -25,6 +25,7 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::R
         Budget::Bytes(bytes) => Some(bytes),
     };
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
+    let on_exceed = spec.memory.on_exceed;
     let mut notes = Vec::new();
     loop {
         let shape = Shape::from(&base.config);
@@ -32,7 +33,7 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::R
         input.sequence_len = longest_row(spec, rows);
         let plan = tune_plan::estimate(&input);
         let fits = plan.fits.unwrap_or(true);
-        match spec.memory.on_exceed {
+        match on_exceed {
             _ if fits => return Ok(Gate { plan, notes }),
             OnExceed::Warn => {
                 notes.push("the run may not fit in memory (memory.on_exceed = \"warn\")".into());

@@ -86,6 +86,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     std::fs::create_dir_all(folder.root()).map_err(|e| unwritable(&folder, &e))?;
     std::fs::write(folder.recipe(), spec.to_toml()).map_err(|e| unwritable(&folder, &e))?;
     gate.write(&folder, None)?;
+    let stop = stop_on_ctrl_c()?;
     let setup = Setup {
         spec,
         base,
@@ -93,7 +94,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         validation: Batcher::new(held_out, batch_options(spec, false))?,
         folder: folder.clone(),
         resume_from,
-        stop: &stop_on_ctrl_c()?,
+        stop: &stop,
     };
     let mut progress = Progress::new(mode, gate.peak_bytes(), spec.train.logging_steps);
     let outcome = sft(&setup, &mut |event| progress.show(&event));
