@@ -13,8 +13,9 @@ use std::ops::Range;
 use crate::conversation::{Conversation, Message};
 use crate::{ChatTemplate, DataError, Sample, Token, Tokenizer};
 
-/// Stands for an answer, to see what a template writes around it. No template cuts or changes it.
-const PROBE: &str = "tuneprobe";
+/// Stands for an answer, to see what a template writes around it. No template cuts or changes it, and no answer
+/// begins like it: Unicode sets its first character aside for internal use.
+const PROBE: &str = "\u{fdd2}probe";
 
 /// Which tokens are prediction targets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -133,54 +134,96 @@ impl Masker<'_> {
         chat: &Conversation,
         k: usize,
     ) -> Result<Option<Masked>, DataError> {
-        let (tools, message) = (chat.tools.as_ref(), &chat.messages[k]);
+        let message = &chat.messages[k];
         // Data without reasoning train the answer that follows an empty block of reasoning, not the block.
         let thinking = (template.has_thinking_switch() && !message.has_reasoning()).then_some(false);
-        let prompt = template.render_spans(&chat.messages[..k], tools, true, thinking)?.text;
-        let full = template.render(&chat.messages[..=k], tools, false)?;
-        let probe = [&chat.messages[..k], &[Message::new("assistant", PROBE)]].concat();
-        let probe = template.render(&probe, tools, false)?;
-        let turn_end = self.turn_end(&probe)?;
+        let render = |messages: &[Message], prompt: bool| {
+            let rendered = template.render_spans(messages, chat.tools.as_ref(), prompt, thinking)?;
+            Ok::<_, DataError>(rendered.text)
+        };
+        let before = &chat.messages[..k];
+        let prompt = render(before, true)?;
+        let full = render(&chat.messages[..=k], false)?;
+        let probe = render(&[before, &[Message::new("assistant", PROBE)]].concat(), false)?;
+        let after = probe.rfind(PROBE).map_or("", |at| &probe[at + PROBE.len()..]);
+        let turn_end = self.turn_end(after)?;
         let (text, start) = if full.starts_with(&prompt) {
             (full, prompt.len())
         } else {
-            after_own_prompt(prompt, full, &probe, message, &turn_end)
+            let history = render(before, false)?;
+            let answer = common_prefix(&full, &probe);
+            let Some(header) = self.header(&prompt, &history, &full[..answer])? else { return Ok(None) };
+            after_own_prompt(prompt, full, &header, answer, message.content(), turn_end)
         };
-        let end = self.end_of_turn(&text, start, &turn_end)?;
+        let end = self.end_of_turn(&text, start, after, turn_end)?;
         let said = message.content().rsplit("</think>").next().unwrap_or_default().trim();
         let kept = start < end && text[start..end].contains(said);
         Ok(kept.then(|| Masked { text, spans: std::iter::once(start..end).collect() }))
     }
 
-    /// What a template writes after an answer, through the first control token: `<|im_end|>`. What follows that
-    /// (a newline, the end of the document) is not the model's to say.
-    fn turn_end(&self, probe: &str) -> Result<String, DataError> {
-        let after = probe.rfind(PROBE).map_or("", |at| &probe[at + PROBE.len()..]);
-        let end = self.first_control(after)?;
-        Ok(end.map_or(after.trim_end(), |end| &after[..end]).to_owned())
+    /// What a template writes after an answer, through the token that ends the turn: `<|im_end|>`. What follows
+    /// that (a newline, the end of the document) is not the model's to say.
+    fn turn_end<'a>(&self, after: &'a str) -> Result<&'a str, DataError> {
+        let tokens = self.tokenizer.sequence_tokens(after)?;
+        let ending = &self.tokenizer.special().eos_ids;
+        let last = tokens
+            .iter()
+            .find(|token| token.start < token.end && ending.contains(&token.id))
+            .or_else(|| tokens.iter().find(|token| self.is_written_control(token)));
+        Ok(last.map_or(after.trim_end(), |token| &after[..token.end]))
     }
 
-    /// End of the turn that begins at `start`. Some turns, such as tool calls, end with another control token
-    /// than answers do.
-    fn end_of_turn(&self, text: &str, start: usize, turn_end: &str) -> Result<usize, DataError> {
+    /// End of the turn that begins at `start`; `after` and `turn_end` are what follows an answer. Some turns, such
+    /// as tool calls, end with another control token than answers do.
+    fn end_of_turn(&self, text: &str, start: usize, after: &str, turn_end: &str) -> Result<usize, DataError> {
         let turn = &text[start..];
-        if !turn_end.is_empty()
-            && let Some(at) = turn.rfind(turn_end)
-        {
+        if turn.ends_with(after) && !turn_end.is_empty() {
+            return Ok(text.len() - after.len() + turn_end.len());
+        }
+        if let Some(at) = turn.rfind(turn_end).filter(|_| !turn_end.is_empty()) {
             return Ok(start + at + turn_end.len());
         }
         let tokens = self.tokenizer.sequence_tokens(turn)?;
-        let last =
-            tokens.iter().rfind(|token| token.start < token.end && self.tokenizer.is_control(token.id));
+        let last = tokens.iter().rfind(|token| self.is_written_control(token));
         Ok(start + last.map_or(turn.trim_end().len(), |token| token.end))
     }
 
-    fn first_control(&self, text: &str) -> Result<Option<usize>, DataError> {
-        let tokens = self.tokenizer.sequence_tokens(text)?;
-        let first =
-            tokens.iter().find(|token| token.start < token.end && self.tokenizer.is_control(token.id));
-        Ok(first.map(|token| token.end))
+    /// Where the header of the last turn ends in `full`, a rendering cut at the answer, and what the generation
+    /// prompt has beyond that header. The generation prompt is what `prompt` adds to `history`.
+    fn header(&self, prompt: &str, history: &str, full: &str) -> Result<Option<Header>, DataError> {
+        let added = self.token_start(prompt, common_prefix(prompt, history))?;
+        let generation = &prompt[added..];
+        let tokens = self.tokenizer.sequence_tokens(generation)?;
+        // its first control token, or else as much of it as history has
+        let first = tokens.iter().find(|token| self.is_written_control(token)).map(|token| token.end);
+        let prefixes = generation.char_indices().map(|(at, character)| at + character.len_utf8()).rev();
+        let mut found = first.into_iter().chain(prefixes).filter_map(|len| full.rfind(&generation[..len]));
+        let Some(start) = found.next() else { return Ok(None) };
+        let common = self.token_start(generation, common_prefix(generation, &full[start..]))?;
+        Ok(Some(Header { end: start + common, beyond: generation[common..].to_owned() }))
     }
+
+    /// The last place up to `at` where a token starts or the text ends.
+    fn token_start(&self, text: &str, at: usize) -> Result<usize, DataError> {
+        if at == text.len() {
+            return Ok(at);
+        }
+        let tokens = self.tokenizer.sequence_tokens(text)?;
+        Ok(tokens.iter().map(|token| token.start).filter(|start| *start <= at).max().unwrap_or(0))
+    }
+
+    /// A control token that the text spells out, unlike a BOS put in front of it.
+    fn is_written_control(&self, token: &Token) -> bool {
+        token.start < token.end && self.tokenizer.is_control(token.id)
+    }
+}
+
+/// The header of an assistant turn in history, against the generation prompt.
+struct Header {
+    /// End of the header in the rendering.
+    end: usize,
+    /// What the generation prompt has after the same header: a block of reasoning, empty or just opened.
+    beyond: String,
 }
 
 impl Masked {
@@ -210,29 +253,38 @@ fn joined(mut turns: Vec<Masked>) -> Vec<Masked> {
     turns
 }
 
-/// The text to train on when the template writes another header in history than it gives as prompt, as templates
-/// of reasoning models do: with the prompt that the model will see, unless that opens a block of reasoning that
-/// the answer does not have.
+/// The text to train on, and the first byte with loss, when the prompt is not what `full` begins with: templates of
+/// reasoning models open or close a block of reasoning in the prompt that history does not have, or drop earlier
+/// reasoning from history only.
+///
+/// The text is the prompt that the model will see, followed by the answer. Where no answer in the data could follow
+/// that prompt, it is `full` with loss from the end of the header on. `answer` is where the answer begins in `full`.
 fn after_own_prompt(
     prompt: String,
     full: String,
-    probe: &str,
-    message: &Message,
+    header: &Header,
+    answer: usize,
+    content: &str,
     turn_end: &str,
 ) -> (String, usize) {
-    let header = common_prefix(&full, &prompt).min(common_prefix(&full, probe));
-    let opened = prompt[header..].trim();
-    if !opened.is_empty()
-        && let Some(rest) = message.content().trim_start().strip_prefix(opened)
+    let (start, beyond) = (prompt.len(), header.beyond.trim());
+    if !beyond.is_empty()
+        && let Some(rest) = content.trim_start().strip_prefix(beyond)
     {
-        let start = prompt.len();
         return (prompt + rest.trim_start_matches('\n') + turn_end, start);
     }
-    if opened.contains("<think>") && !opened.contains("</think>") {
-        return (full, header);
+    let is_reasoning = |text: &str| {
+        let text = text.to_lowercase();
+        ["think", "thought", "reason"].iter().any(|word| text.contains(word))
+    };
+    let closed =
+        ["</think", "end_think", "<channel|>", ":"].iter().any(|end| beyond.to_lowercase().contains(end));
+    if !beyond.is_empty() && !(is_reasoning(beyond) && closed) {
+        return (full, header.end);
     }
-    let start = prompt.len();
-    (prompt + &full[header..], start)
+    // the prompt has its own block of reasoning
+    let from = if is_reasoning(&full[header.end..answer]) { answer } else { header.end };
+    (prompt + &full[from..], start)
 }
 
 /// Bytes that two texts have in common at their start, in whole characters.

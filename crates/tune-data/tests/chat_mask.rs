@@ -203,6 +203,42 @@ fn a_prompt_that_opens_reasoning_is_what_training_sees() {
 }
 
 #[test]
+fn a_switch_that_changes_the_system_message_is_set_alike_for_prompt_and_history() {
+    let template = "{{ '<|im_start|>system\n' + ('/no_think' if enable_thinking is defined and not enable_thinking else '/think') + '<|im_end|>\n' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n' }}{% endif %}{% endif %}";
+    let row = chat(&[("user", "a"), ("assistant", "b")]);
+    let expected = "<|im_start|>system\n/no_think<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n⟦b<|im_end|>⟧\n";
+    expect_marked(template, TrainOn::Assistant, &row, &[expected]);
+    let row = chat(&[("user", "a"), ("assistant", "<think>\nhm\n</think>\nb")]);
+    let expected = "<|im_start|>system\n/think<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\nb<|im_end|>⟧\n";
+    expect_marked(template, TrainOn::Assistant, &row, &[expected]);
+}
+
+#[test]
+fn history_that_differs_from_the_prompt_gives_way_to_the_prompt() {
+    // reasoning is kept in the last answer, which in the prompt is the one before the answer to come
+    let template = "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content if loop.index0 == ns.last else m.content.split('</think>')[-1]) + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    let row = chat(&[("user", "a"), ("assistant", "<think>hm</think>b"), ("user", "c"), ("assistant", "d")]);
+    let expected = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦<think>hm</think>b<|im_end|>⟧\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦d<|im_end|>⟧\n";
+    expect_marked(template, TrainOn::Assistant, &row, &[expected]);
+}
+
+#[test]
+fn a_turn_ends_with_the_token_that_ends_generation() {
+    // another control token closes the answer before the turn ends
+    let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n<|im_start|>' + m.content + '<|im_start|><|im_end|><|endoftext|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    let row = chat(&[("user", "a"), ("assistant", "b")]);
+    let expected = "<|im_start|>user\n<|im_start|>a<|im_start|><|im_end|><|endoftext|>\n<|im_start|>assistant\n⟦<|im_start|>b<|im_start|><|im_end|>⟧<|endoftext|>\n";
+    expect_marked(template, TrainOn::Assistant, &row, &[expected]);
+}
+
+#[test]
+fn a_plain_text_prompt_may_close_its_own_reasoning() {
+    let template = "{% for m in messages %}{{ ('User: ' if m.role == 'user' else 'Assistant: ') + m.content + '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: <think>\n</think>' }}{% endif %}";
+    let row = chat(&[("user", "a"), ("assistant", "b")]);
+    expect_marked(template, TrainOn::Assistant, &row, &["User: a\n\nAssistant: <think>\n</think>⟦b⟧\n\n"]);
+}
+
+#[test]
 fn generation_blocks_say_what_is_trained() {
     let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}";
     let row = chat(&[("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]);

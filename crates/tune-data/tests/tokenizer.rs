@@ -84,7 +84,7 @@ fn tokens_cover_the_text_without_gaps() {
         assert!(token.start <= end && token.end >= end, "{token:?} after byte {end}");
         end = token.end;
         if text.get(token.start..token.end).is_some_and(str::is_ascii) {
-            assert_eq!(tokenizer.token_bytes(token.id), text[token.start..token.end].as_bytes());
+            assert_eq!(tokenizer.token_bytes(token.id), &text.as_bytes()[token.start..token.end]);
         }
     }
     assert_eq!(end, text.len());
