@@ -8,7 +8,7 @@ use tune_plan::{MemoryPlan, PlanInput, Shape};
 use tune_recipe::{Budget, OnExceed, RunSpec};
 use tune_train::RunFolder;
 
-use crate::exit::{DoesNotFit, UsageError};
+use crate::exit::{DoesNotFit, unwritable};
 use crate::machine;
 
 /// A plan that has passed.
@@ -74,12 +74,7 @@ impl Gate {
             object.insert("measured".into(), json!({ "peak_bytes": peak }));
         }
         let text = serde_json::to_string_pretty(&plan).unwrap_or_default() + "\n";
-        std::fs::write(folder.plan(), text).map_err(|error| {
-            UsageError::report(
-                format!("cannot write {}: {error}", folder.plan().display()),
-                "choose another folder with --out",
-            )
-        })
+        std::fs::write(folder.plan(), text).map_err(|error| unwritable(&folder.plan(), &error))
     }
 }
 

@@ -13,7 +13,7 @@ use tune_recipe::{Override, Resume, RunSpec};
 use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
 
 use super::export;
-use crate::exit::{INTERRUPTED, UsageError};
+use crate::exit::{INTERRUPTED, UsageError, unwritable};
 use crate::inputs::{self, Inputs};
 use crate::memory_gate::{self, Gate};
 use crate::progress::{Mode, Progress};
@@ -83,8 +83,8 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let spec = &inputs.spec;
     let folder = RunFolder::new(&spec.run.out);
     let resume_from = resume_point(&spec.checkpoint.resume, &folder, &say)?;
-    std::fs::create_dir_all(folder.root()).map_err(|e| unwritable(&folder, &e))?;
-    std::fs::write(folder.recipe(), spec.to_toml()).map_err(|e| unwritable(&folder, &e))?;
+    std::fs::create_dir_all(folder.root()).map_err(|e| unwritable(folder.root(), &e))?;
+    std::fs::write(folder.recipe(), spec.to_toml()).map_err(|e| unwritable(&folder.recipe(), &e))?;
     gate.write(&folder, None)?;
     let stop = stop_on_ctrl_c()?;
     let setup = Setup {
@@ -101,7 +101,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     progress.finish();
     let outcome = outcome?;
     if let Some(svg) = crate::loss_plot::svg(&folder.read_metrics()?) {
-        std::fs::write(folder.loss_svg(), svg).map_err(|e| unwritable(&folder, &e))?;
+        std::fs::write(folder.loss_svg(), svg).map_err(|e| unwritable(&folder.loss_svg(), &e))?;
     }
     if outcome.finish == Finish::Interrupted {
         say(format!(
@@ -217,11 +217,4 @@ fn show_samples(inputs: &Inputs, outcome: &Outcome) -> miette::Result<()> {
         println!();
     }
     Ok(())
-}
-
-fn unwritable(folder: &RunFolder, error: &std::io::Error) -> miette::Report {
-    UsageError::report(
-        format!("cannot write to {}: {error}", folder.root().display()),
-        "choose another folder with --out",
-    )
 }
