@@ -1,5 +1,10 @@
 //! Vectorised loops that several operations use.
 
+#![allow(
+    clippy::inline_always,
+    reason = "a loop is compiled for the widest registers only where it is inlined"
+)]
+
 use super::vectorised;
 
 /// Independent partial sums of a reduction: enough for two 512-bit registers, and the same on every processor.
@@ -12,7 +17,7 @@ const LANES: usize = 32;
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it leaves the nearest integer in the low mantissa bits
-    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_HIGH: f32 = 355.0 / 512.0;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let underflows = x < -87.3;
     let x = if x > 88.3 { 88.3 } else { x };
@@ -24,7 +29,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let fraction = (p * r * r + r) + 1.0;
     let power_of_two = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
     if underflows { 0.0 } else { fraction * power_of_two }
@@ -123,6 +128,7 @@ vectorised! {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
 

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::buffer::{SharedSlots, as_slots};
+use super::buffer::SharedSlots;
 
 /// Whether a product may use the whole thread pool.
 #[derive(Clone, Copy, Debug)]
@@ -137,11 +137,6 @@ pub(crate) struct ViewMut<'a> {
 }
 
 impl<'a> ViewMut<'a> {
-    /// `values` as `rows` consecutive rows of `cols`.
-    pub(crate) fn new(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        Target::new(as_slots(values), rows, cols).0
-    }
-
     /// As [`Target::shared`].
     ///
     /// # Safety
@@ -254,6 +249,7 @@ fn assert_fits(len: usize, rows: usize, cols: usize, row_stride: usize) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::buffer::as_slots;
     use super::*;
 
     #[test]
