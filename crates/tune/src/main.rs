@@ -3,6 +3,9 @@
 //! Each command is one file in `commands/`: its arguments and what it does. Data goes to standard output, everything
 //! else to standard error.
 
+// Nothing of a binary can be reached from outside; `pub` here says "used by other modules".
+#![allow(unreachable_pub)]
+
 mod commands;
 mod download;
 mod exit;
