@@ -20,9 +20,9 @@ use crate::{download, inputs, machine};
                   tune plan --model llama3.1:8b --method qlora --seq 4096 --device 24GiB\n  \
                   tune plan --model ./model.gguf --method lora --json"
 )]
-#[group(id = "what", required = true, multiple = false, args = ["recipe", "model"])]
 pub struct Args {
     /// Recipe of the run
+    #[arg(required_unless_present = "model", conflicts_with = "model")]
     recipe: Option<PathBuf>,
     /// Change one value of the recipe; may be given several times
     #[arg(long, value_name = "SECTION.KEY=VALUE", requires = "recipe")]
