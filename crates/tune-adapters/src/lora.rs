@@ -203,8 +203,7 @@ mod tests {
         let device = Device::flex();
         let config = LoraConfig { dropout: 0.5, ..CONFIG };
         let mut lora = Lora::init(&config, [6, 8], 7, 3, &device);
-        let forward =
-            |lora: &Lora, key| values(lora.forward(input(&device), &base(), Some(Dropout { key })));
+        let forward = |lora: &Lora, key| values(lora.forward(input(&device), &base(), Some(Dropout { key })));
         assert_eq!(forward(&lora, 1), forward(&lora, 2));
         lora.b = Tensor::ones([6, 4], &device);
         assert_ne!(forward(&lora, 1), forward(&lora, 2));

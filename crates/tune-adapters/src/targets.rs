@@ -6,8 +6,7 @@ use miette::Diagnostic;
 use thiserror::Error;
 
 /// The linear layers of a block that an adapter can sit beside, in the order in which a block applies them.
-pub const LINEARS: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub const LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// A choice of linear layers that the model does not have.
 #[derive(Debug, Error, Diagnostic, PartialEq, Eq)]
@@ -44,11 +43,7 @@ pub struct Targets {
 impl Targets {
     /// `modules`: names out of [`LINEARS`], or the single word `all-linear`; `layers`: block numbers, or
     /// `None` for all `n_layers`.
-    pub fn new(
-        modules: &[String],
-        layers: Option<&[usize]>,
-        n_layers: usize,
-    ) -> Result<Self, TargetError> {
+    pub fn new(modules: &[String], layers: Option<&[usize]>, n_layers: usize) -> Result<Self, TargetError> {
         let all = modules.iter().any(|m| m == "all-linear");
         let known = |name: &String| LINEARS.into_iter().find(|linear| linear == name);
         let unknown: Vec<_> =
@@ -62,7 +57,8 @@ impl Targets {
         }
         let modules: BTreeSet<_> =
             if all { LINEARS.into() } else { modules.iter().filter_map(known).collect() };
-        let layers: BTreeSet<_> = layers.map_or_else(|| (0..n_layers).collect(), |l| l.iter().copied().collect());
+        let layers: BTreeSet<_> =
+            layers.map_or_else(|| (0..n_layers).collect(), |l| l.iter().copied().collect());
         if modules.is_empty() || layers.is_empty() {
             return Err(TargetError::Empty);
         }

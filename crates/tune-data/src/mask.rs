@@ -279,10 +279,10 @@ fn after_own_prompt(
     };
     let closed =
         ["</think", "end_think", "<channel|>", ":"].iter().any(|end| beyond.to_lowercase().contains(end));
-    if !beyond.is_empty() && !(is_reasoning(beyond) && closed) {
+    let own_reasoning = is_reasoning(beyond) && closed;
+    if !beyond.is_empty() && !own_reasoning {
         return (full, header.end);
     }
-    // the prompt has its own block of reasoning
     let from = if is_reasoning(&full[header.end..answer]) { answer } else { header.end };
     (prompt + &full[from..], start)
 }

@@ -71,7 +71,8 @@ impl Llama {
         let mut loader = Loader { config, weights, quantization, device, mismatches: Vec::new() };
         let (vocab, d_model) = (config.vocab_size, config.hidden_size);
         let embed_tokens = loader.matrix("model.embed_tokens.weight", vocab, d_model)?;
-        let blocks = (0..config.num_hidden_layers).map(|layer| loader.block(layer)).collect::<Result<_, _>>()?;
+        let blocks =
+            (0..config.num_hidden_layers).map(|layer| loader.block(layer)).collect::<Result<_, _>>()?;
         let norm = loader.norm("model.norm.weight")?;
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.clone()
@@ -283,7 +284,13 @@ impl Block {
         ]
     }
 
-    fn forward_cached(&self, x: Tensor<2>, context: &Context, layer: usize, cache: &mut KvCache) -> Tensor<2> {
+    fn forward_cached(
+        &self,
+        x: Tensor<2>,
+        context: &Context,
+        layer: usize,
+        cache: &mut KvCache,
+    ) -> Tensor<2> {
         let normed = self.input_norm.forward(x.clone());
         let (q, k, v) = self.attention.qkv(normed, context);
         let (k, v) = cache.append(layer, k, v);

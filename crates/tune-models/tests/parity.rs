@@ -54,9 +54,11 @@ fn logits(model: &Llama, tokens: &[u32], documents: &[Range<usize>]) -> Vec<f32>
 
 fn assert_close(what: &str, got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len(), "{what}: number of values");
-    let worst = got.iter().zip(want).enumerate().max_by(|(_, a), (_, b)| {
-        (a.0 - a.1).abs().total_cmp(&(b.0 - b.1).abs())
-    });
+    let worst = got
+        .iter()
+        .zip(want)
+        .enumerate()
+        .max_by(|(_, a), (_, b)| (a.0 - a.1).abs().total_cmp(&(b.0 - b.1).abs()));
     let (at, (got, want)) = worst.expect("values");
     let difference = (got - want).abs();
     assert!(difference <= TOLERANCE, "{what}[{at}]: got {got}, want {want}, tolerance {TOLERANCE}");
@@ -76,7 +78,11 @@ fn check(name: &str) {
         let start = ranges.last().map_or(0, |range: &Range<usize>| range.end);
         ranges.push(start..start + document.len());
     }
-    assert_close(&format!("{name} packed"), &logits(&model, &packed, &ranges), &expected.logits("logits_packed"));
+    assert_close(
+        &format!("{name} packed"),
+        &logits(&model, &packed, &ranges),
+        &expected.logits("logits_packed"),
+    );
 }
 
 #[test]

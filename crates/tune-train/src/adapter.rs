@@ -46,10 +46,12 @@ fn agree(initial: &peft::AdapterConfig, spec: &RunSpec) -> Result<(), TrainError
         differences.push(format!("r: {} there, {} in the recipe", initial.r, adapter.r));
     }
     if (initial.lora_alpha - adapter.lora_alpha).abs() > f64::EPSILON {
-        differences.push(format!("lora_alpha: {} there, {} in the recipe", initial.lora_alpha, adapter.lora_alpha));
+        differences
+            .push(format!("lora_alpha: {} there, {} in the recipe", initial.lora_alpha, adapter.lora_alpha));
     }
     if initial.use_rslora != adapter.use_rslora {
-        differences.push(format!("use_rslora: {} there, {} in the recipe", initial.use_rslora, adapter.use_rslora));
+        differences
+            .push(format!("use_rslora: {} there, {} in the recipe", initial.use_rslora, adapter.use_rslora));
     }
     if differences.is_empty() { Ok(()) } else { Err(TrainError::InitialAdapter { differences }) }
 }
@@ -67,11 +69,7 @@ pub fn parameters(model: &mut Llama) -> Vec<(String, &mut Tensor<2>)> {
 }
 
 /// The adapters as a PEFT folder holds them.
-pub(crate) fn trained_adapter(
-    model: &mut Llama,
-    spec: &RunSpec,
-    base_digest: &str,
-) -> peft::Adapter {
+pub(crate) fn trained_adapter(model: &mut Llama, spec: &RunSpec, base_digest: &str) -> peft::Adapter {
     let values = |tensor: &Tensor<2>| tensor.to_data().iter::<f32>().collect::<Vec<f32>>();
     let layers: BTreeMap<String, peft::LoraWeights> = model
         .adapters_mut()

@@ -19,10 +19,10 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use tune_formats::peft::{self, Adapter};
 
+use crate::TrainError;
 use crate::error::io;
 use crate::optim::Moments;
 use crate::run_folder::{RunFolder, write_atomically};
-use crate::TrainError;
 
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";

@@ -24,14 +24,18 @@ pub enum TrainError {
     },
     /// The disk is full.
     #[error("no space left on the device while writing {}", path.display())]
-    #[diagnostic(help("free some space and run the same command again: it resumes from the last checkpoint"))]
+    #[diagnostic(help(
+        "free some space and run the same command again: it resumes from the last checkpoint"
+    ))]
     NoSpace {
         /// The file being written.
         path: PathBuf,
     },
     /// A checkpoint cannot be read.
     #[error("checkpoint {} is unusable: {reason}", path.display())]
-    #[diagnostic(help("resume from another checkpoint with --resume PATH, or start over with --resume never"))]
+    #[diagnostic(help(
+        "resume from another checkpoint with --resume PATH, or start over with --resume never"
+    ))]
     Checkpoint {
         /// Its folder.
         path: PathBuf,
@@ -40,7 +44,9 @@ pub enum TrainError {
     },
     /// The run folder belongs to a run with other settings.
     #[error("{} holds a run with other settings:\n  {}", folder.display(), differences.join("\n  "))]
-    #[diagnostic(help("choose another folder with --out, or start over with --resume never (the old run is kept)"))]
+    #[diagnostic(help(
+        "choose another folder with --out, or start over with --resume never (the old run is kept)"
+    ))]
     OtherRun {
         /// The run folder.
         folder: PathBuf,

@@ -72,8 +72,8 @@ impl AdamW {
         let correction2 = 1.0 - beta2.powf(self.steps as f64);
         for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients).zip(&mut self.moments) {
             let m = moments.m.clone().mul_scalar(beta1) + gradient.clone().mul_scalar(1.0 - beta1);
-            let v = moments.v.clone().mul_scalar(beta2)
-                + (gradient.clone() * gradient).mul_scalar(1.0 - beta2);
+            let v =
+                moments.v.clone().mul_scalar(beta2) + (gradient.clone() * gradient).mul_scalar(1.0 - beta2);
             let denominator = v.clone().sqrt().div_scalar(correction2.sqrt()).add_scalar(epsilon);
             let decayed = parameter.clone().mul_scalar(1.0 - learning_rate * weight_decay);
             *parameter = decayed - (m.clone() / denominator).mul_scalar(learning_rate / correction1);

@@ -124,12 +124,8 @@ impl MetricsLog {
     /// Opens the log and drops every line after `step`: those steps will be taken again.
     pub(crate) fn open(folder: &RunFolder, step: usize) -> Result<Self, TrainError> {
         let path = folder.metrics();
-        let kept: Vec<u8> = folder
-            .read_metrics()?
-            .iter()
-            .filter(|metrics| metrics.step <= step)
-            .flat_map(line)
-            .collect();
+        let kept: Vec<u8> =
+            folder.read_metrics()?.iter().filter(|metrics| metrics.step <= step).flat_map(line).collect();
         write_atomically(&path, &kept)?;
         let file = OpenOptions::new().append(true).open(&path).map_err(io("open", &path))?;
         Ok(Self { file, path })

@@ -230,12 +230,7 @@ fn is_exhausted(state: &State, spec: &RunSpec) -> bool {
     spec.eval.early_stopping_patience.is_some_and(|patience| state.validations_without_progress >= patience)
 }
 
-fn save(
-    setup: &Setup<'_>,
-    state: &State,
-    model: &mut Llama,
-    adam: &AdamW,
-) -> Result<PathBuf, TrainError> {
+fn save(setup: &Setup<'_>, state: &State, model: &mut Llama, adam: &AdamW) -> Result<PathBuf, TrainError> {
     let adapter = trained_adapter(model, setup.spec, &setup.base.digest()?);
     let names = parameters(model).into_iter().map(|(name, _)| name);
     let moments: Vec<_> = names.zip(adam.moments()).collect();
@@ -306,7 +301,8 @@ fn digest(sides: [&Batcher; 2]) -> String {
 
 fn differences(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
     let keys: std::collections::BTreeSet<_> = saved.keys().chain(now.keys()).collect();
-    let value = |map: &BTreeMap<String, String>, key| map.get(key).cloned().unwrap_or_else(|| "absent".into());
+    let value =
+        |map: &BTreeMap<String, String>, key| map.get(key).cloned().unwrap_or_else(|| "absent".into());
     keys.into_iter()
         .filter(|key| saved.get(*key) != now.get(*key))
         .map(|key| format!("{key}: {} in the checkpoint, {} now", value(saved, key), value(now, key)))

@@ -29,10 +29,7 @@ pub(crate) fn steps(batcher: &Batcher, train: &Train) -> Vec<Step> {
         let mut done = 0;
         for group in micro_batches[..count].chunks(train.gradient_accumulation_steps.max(1)) {
             done += group.len();
-            steps.push(Step {
-                micro_batches: group.to_vec(),
-                epoch: epoch as f64 + done as f64 / whole,
-            });
+            steps.push(Step { micro_batches: group.to_vec(), epoch: epoch as f64 + done as f64 / whole });
         }
         if train.max_steps.is_some_and(|most| steps.len() >= most) {
             break;

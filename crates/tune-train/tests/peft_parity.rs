@@ -94,14 +94,18 @@ fn assert_tensors(what: &str, got: &[(String, Vec<f32>)], want: &BTreeMap<String
         let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
         let tolerance = if relative { 1e-4 * largest } else { 1e-4 };
         for (at, (g, w)) in got.iter().zip(want).enumerate() {
-            assert!((g - w).abs() <= tolerance, "{what} {name}[{at}]: got {g}, want {w}, tolerance {tolerance}");
+            assert!(
+                (g - w).abs() <= tolerance,
+                "{what} {name}[{at}]: got {g}, want {w}, tolerance {tolerance}"
+            );
         }
     }
 }
 
 fn ten_steps(name: &str, checkpointing: bool) {
     let folder = fixtures().join("peft").join(name);
-    let run: Run = serde_json::from_slice(&fs::read(folder.join("run.json")).expect("run.json")).expect("valid");
+    let run: Run =
+        serde_json::from_slice(&fs::read(folder.join("run.json")).expect("run.json")).expect("valid");
     assert_eq!(run.steps.len(), 10);
     let mut model = model();
     let config = AdamWConfig {

@@ -202,7 +202,9 @@ fn other_settings_do_not_mix_with_a_checkpoint() {
     let error = train(&changed, &folder, checkpoint::newest(&folder), None).err().expect("refused");
     let TrainError::OtherRun { differences, .. } = error else { panic!("unexpected error: {error}") };
     assert_eq!(differences.len(), 2, "{differences:?}");
-    assert!(differences[0].contains("adapter.lora_dropout") && differences[1].contains("train.learning_rate"));
+    assert!(
+        differences[0].contains("adapter.lora_dropout") && differences[1].contains("train.learning_rate")
+    );
 }
 
 #[test]

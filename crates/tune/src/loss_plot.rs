@@ -12,7 +12,8 @@ const SMOOTHING: f64 = 0.04;
 /// The picture as SVG text; `None` when there is nothing to draw.
 pub fn svg(metrics: &[StepMetrics]) -> Option<String> {
     let last = metrics.last()?.step;
-    let losses = || metrics.iter().flat_map(|m| [Some(m.loss), m.val_loss]).flatten().filter(|l| l.is_finite());
+    let losses =
+        || metrics.iter().flat_map(|m| [Some(m.loss), m.val_loss]).flatten().filter(|l| l.is_finite());
     let (low, high) = losses().fold((f64::MAX, f64::MIN), |(low, high), l| (low.min(l), high.max(l)));
     if low > high {
         return None;
@@ -36,7 +37,12 @@ fn draw(
         .x_label_area_size(36)
         .y_label_area_size(52)
         .build_cartesian_2d(steps, losses)?;
-    chart.configure_mesh().light_line_style(TRANSPARENT).x_desc("step").y_desc("loss (nats per token)").draw()?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .x_desc("step")
+        .y_desc("loss (nats per token)")
+        .draw()?;
 
     let points = || metrics.iter().map(|m| (m.step, m.loss));
     chart.draw_series(LineSeries::new(points(), BLUE.mix(0.3)))?;

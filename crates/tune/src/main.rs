@@ -11,9 +11,9 @@ mod download;
 mod exit;
 mod inputs;
 mod loss_plot;
-mod model;
 mod machine;
 mod memory_gate;
+mod model;
 mod progress;
 mod samples;
 

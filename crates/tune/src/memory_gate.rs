@@ -101,7 +101,8 @@ fn refusal(spec: &RunSpec, plan: &MemoryPlan) -> DoesNotFit {
         "memory.budget, if the machine has more to give",
     ]);
     let terms = plan.estimate.terms.iter().max_by_key(|term| term.bytes);
-    let largest = terms.map_or(String::new(), |t| format!("largest part: {}, {}\n", t.name, HumanBytes(t.bytes)));
+    let largest =
+        terms.map_or(String::new(), |t| format!("largest part: {}, {}\n", t.name, HumanBytes(t.bytes)));
     DoesNotFit {
         needed: HumanBytes(plan.estimate.upper_bytes).to_string(),
         budget: HumanBytes(plan.budget_bytes.unwrap_or_default()).to_string(),

@@ -93,7 +93,8 @@ impl Progress {
     }
 
     fn show_step(&mut self, metrics: &StepMetrics) {
-        let speed = self.speed.map_or(metrics.tokens_per_second, |s| 0.8 * s + 0.2 * metrics.tokens_per_second);
+        let speed =
+            self.speed.map_or(metrics.tokens_per_second, |s| 0.8 * s + 0.2 * metrics.tokens_per_second);
         self.speed = Some(speed);
         let left = self.total_steps.saturating_sub(metrics.step) as f64;
         let seconds = left * metrics.tokens as f64 / speed;

@@ -37,7 +37,8 @@ fn prompt_ids(inputs: &Inputs, prompt: &str) -> miette::Result<Vec<u32>> {
     let text = match &inputs.template {
         Some(template) => {
             let system = inputs.spec.samples.system.as_deref();
-            let mut messages: Vec<Message> = system.map(|text| Message::new("system", text)).into_iter().collect();
+            let mut messages: Vec<Message> =
+                system.map(|text| Message::new("system", text)).into_iter().collect();
             messages.push(Message::new("user", prompt));
             template.render(&messages, None, true)?
         }

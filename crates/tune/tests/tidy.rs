@@ -25,7 +25,8 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
 /// The `arrows` block of ARCHITECTURE.md.
 fn documented_arrows() -> BTreeMap<String, BTreeSet<String>> {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
-    let block = text.split("```arrows\n").nth(1).and_then(|rest| rest.split("```").next()).expect("arrows block");
+    let block =
+        text.split("```arrows\n").nth(1).and_then(|rest| rest.split("```").next()).expect("arrows block");
     let line = |line: &str| {
         let (name, uses) = line.split_once(':').expect("crate: dependencies");
         (name.to_string(), uses.split_whitespace().map(String::from).collect())
@@ -59,7 +60,8 @@ fn architecture_names_every_crate_and_every_arrow() {
 #[test]
 fn host_side_crates_do_not_use_burn() {
     for name in ["quant", "formats", "hub", "data", "recipe", "plan", "export"] {
-        let manifest = fs::read_to_string(root().join(format!("crates/tune-{name}/Cargo.toml"))).expect("manifest");
+        let manifest =
+            fs::read_to_string(root().join(format!("crates/tune-{name}/Cargo.toml"))).expect("manifest");
         assert!(!manifest.contains("burn"), "tune-{name} depends on burn");
     }
 }

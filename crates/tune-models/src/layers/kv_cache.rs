@@ -12,7 +12,8 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache for `capacity` tokens of `n_layers` layers with `width` = kv heads · head_dim.
     pub fn new(n_layers: usize, capacity: usize, width: usize, device: &Device) -> Self {
-        let empty = || Some((Tensor::zeros([capacity, width], device), Tensor::zeros([capacity, width], device)));
+        let empty =
+            || Some((Tensor::zeros([capacity, width], device), Tensor::zeros([capacity, width], device)));
         Self { layers: (0..n_layers).map(|_| empty()).collect(), len: 0, capacity }
     }
 

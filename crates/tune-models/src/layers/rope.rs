@@ -12,9 +12,7 @@ use tune_formats::{ModelConfig, RopeScaling};
 /// The `head_dim / 2` frequencies of `config`.
 pub(crate) fn rotary_frequencies(config: &ModelConfig) -> Vec<f32> {
     let frequency = |i: usize| config.rope_theta.powf(-(2.0 * i as f64) / config.head_dim as f64);
-    (0..config.head_dim / 2)
-        .map(|i| scaled(frequency(i), i, config.rope_scaling.as_ref()) as f32)
-        .collect()
+    (0..config.head_dim / 2).map(|i| scaled(frequency(i), i, config.rope_scaling.as_ref()) as f32).collect()
 }
 
 fn scaled(frequency: f64, index: usize, scaling: Option<&RopeScaling>) -> f64 {

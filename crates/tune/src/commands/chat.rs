@@ -111,7 +111,11 @@ impl<'a> Conversation<'a> {
                 print!("{piece}");
                 let _ = std::io::stdout().flush();
                 text.push_str(&piece);
-                if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                if interrupted.load(Ordering::Relaxed) {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
             },
         );
         let rest = decoder.finish();

@@ -67,7 +67,9 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let dataset = tune_data::load(&[source], &options, &opened.tokenizer, template.as_ref(), name)?;
     let dropped = dataset.report.dropped();
     if dropped > 0 {
-        eprintln!("{dropped} rows are left out (longer than {sequence_len} tokens, or without a trained token)");
+        eprintln!(
+            "{dropped} rows are left out (longer than {sequence_len} tokens, or without a trained token)"
+        );
     }
 
     let rows = dataset.samples.len();
@@ -81,7 +83,8 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let batcher = Batcher::new(dataset.samples, options)?;
     let plans = batcher.epoch(0);
     let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}, {eta} left");
-    let bar = ProgressBar::new(plans.len() as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = ProgressBar::new(plans.len() as u64)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut total = Evaluation::default();
     for plan in &plans {
         total += evaluate(&opened.model, &batcher.micro_batch(plan));

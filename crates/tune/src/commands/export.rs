@@ -124,7 +124,10 @@ impl Job<'_> {
     /// Exports with a progress bar, and tells what the user should know about the result.
     fn write(&self, target: ExportTarget, out: &Path, replace_folder: bool) -> Result<ExportReport> {
         if self.adapter.trained_on(self.base)? == Some(false) {
-            eprintln!("note      the adapter was trained over other weights of this model than {}", self.reference);
+            eprintln!(
+                "note      the adapter was trained over other weights of this model than {}",
+                self.reference
+            );
         }
         let over_nf4 = self.spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
         if over_nf4 && matches!(target, ExportTarget::Gguf(_) | ExportTarget::Safetensors) {
@@ -216,7 +219,8 @@ fn default_path(folder: &RunFolder, target: ExportTarget, name: &str) -> PathBuf
 }
 
 fn name_of(path: &Path) -> String {
-    let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let name =
+        path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     name.unwrap_or_else(|| "model".to_owned())
 }
 

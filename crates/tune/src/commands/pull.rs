@@ -9,9 +9,11 @@ use tune_hub::{ModelRef, catalogue};
 use crate::download;
 
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  tune pull smollm2:135m\n  tune pull hf:HuggingFaceTB/SmolLM2-135M-Instruct\n  \
+#[command(
+    after_help = "Examples:\n  tune pull smollm2:135m\n  tune pull hf:HuggingFaceTB/SmolLM2-135M-Instruct\n  \
                         tune pull --list\n\nHF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and OLLAMA_MODELS are \
-                        honoured; TUNE_CACHE moves the rest.")]
+                        honoured; TUNE_CACHE moves the rest."
+)]
 pub struct Args {
     /// Short name, folder, .gguf file, ollama:NAME[:TAG], or hf:OWNER/REPO[/FILE.gguf][@REV]
     #[arg(value_name = "REF", required_unless_present = "list")]

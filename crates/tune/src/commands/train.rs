@@ -104,10 +104,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         std::fs::write(folder.loss_svg(), svg).map_err(|e| unwritable(&folder.loss_svg(), &e))?;
     }
     if outcome.finish == Finish::Interrupted {
-        say(format!(
-            "stopped   after step {}; the same command goes on from there",
-            outcome.steps
-        ));
+        say(format!("stopped   after step {}; the same command goes on from there", outcome.steps));
         return Ok(ExitCode::from(INTERRUPTED));
     }
     report_end(&folder, &gate, &say)?;
