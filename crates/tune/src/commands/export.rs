@@ -8,7 +8,8 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use miette::Result;
 use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_export::{
-    ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention, Verification, export,
+    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention,
+    Verification, export,
 };
 use tune_formats::peft::{self, Adapter};
 use tune_formats::{BaseModel, Source};
@@ -49,7 +50,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let target: ExportTarget = args.to.parse()?;
+    let target = parse_target(&args.to)?;
     let folder = RunFolder::new(&args.run);
     let spec = match folder.recipe().is_file() {
         true => Some(tune_recipe::load(&folder.recipe(), &[])?),
@@ -96,7 +97,7 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<P
             ),
         ));
     }
-    let target: ExportTarget = target.parse()?;
+    let target = parse_target(target)?;
     let adapter = read_adapter(folder, true)?;
     let job = Job {
         name: &spec.run.name,
@@ -173,6 +174,15 @@ impl Job<'_> {
         }
         Ok(report)
     }
+}
+
+fn parse_target(text: &str) -> Result<ExportTarget> {
+    text.parse().map_err(|error| match error {
+        ExportError::Target { given, help } => {
+            UsageError::report(format!("unknown export target \"{given}\""), help)
+        }
+        error => error.into(),
+    })
 }
 
 fn tell_retention(target: ExportTarget, retention: Retention) {
