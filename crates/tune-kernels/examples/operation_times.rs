@@ -81,7 +81,7 @@ fn main() {
             false => continue,
         };
         let x = random([256, D_MODEL]);
-        let graph = backward(&[x.clone()], |x| {
+        let graph = backward(std::slice::from_ref(&x), |x| {
             linear_cross_entropy(x[0].clone(), &head, targets.clone(), 1.0, 256).reshape([1, 1])
         }) + forward(&[x.clone().autodiff().require_grad()], |x| {
             linear_cross_entropy(x[0].clone(), &head, targets.clone(), 1.0, 256).reshape([1, 1])

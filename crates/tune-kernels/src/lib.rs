@@ -11,7 +11,7 @@
 //!
 //! All operations take tensors of a plain device or of an autodiff device. What is frozen is never a tensor
 //! ([`FrozenWeight`], [`FrozenVector`], [`RotaryTable`]), so it serves both kinds and is shared, not copied.
-//! Results are deterministic for a given number of threads: every sum has a fixed order.
+//! Results are the same bits with any number of threads: every sum has a fixed order.
 
 mod cpu;
 mod embedding;
@@ -25,6 +25,8 @@ pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 
+#[cfg(test)]
+mod determinism;
 #[cfg(test)]
 mod testing;
 

@@ -80,7 +80,7 @@ impl RunFolder {
             return Ok(None);
         }
         let name = self.root.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let free = (1..)
+        let free = (1..u32::MAX)
             .map(|n| self.root.with_file_name(format!("{name}.old-{n}")))
             .find(|path| !path.exists())
             .unwrap_or_default();

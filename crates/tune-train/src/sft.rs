@@ -4,7 +4,7 @@
 //! of the micro-batches' means, which would weigh short ones more.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -94,7 +94,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     let mut state = State { settings: settings(setup)?, ..State::default() };
     let mut adam = AdamW::new(adamw_config(spec), parameters(&mut model).iter().map(|(_, p)| &**p));
     if let Some(path) = &setup.resume_from {
-        (adam, state) = resume(setup, path, &mut model, state.settings)?;
+        (adam, state) = resume(setup, path, &mut model, &state.settings)?;
     }
     let mut saved_at = setup.resume_from.as_ref().map(|_| state.step);
     let mut log = MetricsLog::open(folder, state.step)?;
@@ -210,7 +210,9 @@ fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> O
 /// Mean loss over the held-out rows; `None` when there are none.
 fn validate(model: &Llama, held_out: &[MicroBatch]) -> Option<f64> {
     let mut total = Evaluation::default();
-    held_out.iter().for_each(|micro_batch| total += evaluate(model, micro_batch));
+    for micro_batch in held_out {
+        total += evaluate(model, micro_batch);
+    }
     (total.tokens > 0).then(|| total.loss())
 }
 
@@ -240,18 +242,18 @@ fn save(setup: &Setup<'_>, state: &State, model: &mut Llama, adam: &AdamW) -> Re
 /// Restores adapters and optimiser from a checkpoint of the same run.
 fn resume(
     setup: &Setup<'_>,
-    path: &PathBuf,
+    path: &Path,
     model: &mut Llama,
-    settings: BTreeMap<String, String>,
+    settings: &BTreeMap<String, String>,
 ) -> Result<(AdamW, State), TrainError> {
     let mut checkpoint = checkpoint::load(path, model.device())?;
-    let differences = differences(&checkpoint.state.settings, &settings);
+    let differences = differences(&checkpoint.state.settings, settings);
     if !differences.is_empty() {
         return Err(TrainError::OtherRun { folder: setup.folder.root().to_path_buf(), differences });
     }
     model.attach_weights(&checkpoint.adapter, setup.spec.adapter.lora_dropout)?;
     let missing = |name: &str| TrainError::Checkpoint {
-        path: path.clone(),
+        path: path.to_path_buf(),
         reason: format!("no optimizer state for {name}"),
     };
     let moments = parameters(model)
