@@ -92,29 +92,24 @@ impl Report {
         lengths
     }
 
-    /// Lengths of all rows before cutting, in buckets that end at powers of two; the limit ends one as well.
+    /// Lengths of all rows before cutting, in at most about twelve buckets: of equal width where the lengths are
+    /// alike, else doubling. The limit ends a bucket as well.
     pub fn histogram(&self) -> Vec<Bucket> {
         let lengths = self.lengths();
         let (Some(&first), Some(&last)) = (lengths.first(), lengths.last()) else { return Vec::new() };
-        let mut ends: Vec<_> =
-            (0..usize::BITS - 1).map(|bit| 1 << bit).take_while(|end| *end / 2 < last).collect();
-        ends.retain(|end| *end >= first);
+        let mut ends = if last <= 4 * first { even_ends(first, last) } else { doubling_ends(first, last) };
         ends.push(self.sequence_len);
         ends.sort_unstable();
         ends.dedup();
-        let mut from = 1 + ends
-            .iter()
-            .filter(|end| **end < first)
-            .max()
-            .copied()
-            .unwrap_or(first.next_power_of_two() / 2);
-        let mut buckets = Vec::new();
-        for to in ends.into_iter().filter(|end| *end >= first) {
+        // from the end before the shortest row to the end at or after the longest
+        let begin = ends.partition_point(|end| *end < first);
+        let stop = (ends.partition_point(|end| *end < last) + 1).min(ends.len());
+        let mut from = 1 + if begin == 0 { 0 } else { ends[begin - 1] };
+        let mut buckets = Vec::with_capacity(stop - begin);
+        for &to in &ends[begin..stop] {
             let count =
                 lengths.partition_point(|len| *len <= to) - lengths.partition_point(|len| *len < from);
-            if from <= last {
-                buckets.push(Bucket { from, to, count });
-            }
+            buckets.push(Bucket { from, to, count });
             from = to + 1;
         }
         buckets
@@ -178,6 +173,19 @@ impl SourceReport {
     }
 }
 
+/// Multiples of a round number, from below `first` to `last` or above.
+fn even_ends(first: usize, last: usize) -> Vec<usize> {
+    let round = (0..).flat_map(|power| [1, 2, 5].map(|digit: usize| digit * 10_usize.pow(power)));
+    let step = round.take(40).find(|step| (last - first) / step < 10).unwrap_or(last);
+    (first.saturating_sub(1) / step..=last.div_ceil(step)).map(|multiple| multiple * step).collect()
+}
+
+/// Powers of two, from below `first` to `last` or above.
+fn doubling_ends(first: usize, last: usize) -> Vec<usize> {
+    let below = first.next_power_of_two() / 2;
+    std::iter::successors(Some(below.max(1)), |end| (*end < last).then_some(end * 2)).collect()
+}
+
 fn rows(count: usize) -> String {
     if count == 1 { "1 row".to_owned() } else { format!("{count} rows") }
 }
@@ -199,9 +207,13 @@ mod tests {
         for (lengths, limit) in [
             (vec![5, 8, 9, 16, 17, 100], 20),
             (vec![3], 2048),
+            (vec![1, 1], 2048),
             (vec![70, 80, 4000], 2048),
             (vec![64, 65], 64),
             (vec![1, 2, 3], 2),
+            (vec![73, 90, 99, 111], 512),
+            (vec![73, 90, 99, 111], 100),
+            ((1..100).map(|i| i * i).collect(), 4096),
         ] {
             let mut source = SourceReport::new(Path::new("x"), None);
             source.lengths = lengths.clone();
@@ -212,7 +224,7 @@ mod tests {
                 "{buckets:?}"
             );
             assert!(buckets.windows(2).all(|pair| pair[0].to + 1 == pair[1].from), "{buckets:?}");
-            assert!(buckets[0].count > 0, "{buckets:?}");
+            assert!(buckets[0].count > 0 && buckets.len() <= 16, "{buckets:?}");
         }
     }
 }
