@@ -52,10 +52,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let target = parse_target(&args.to)?;
     let folder = RunFolder::new(&args.run);
-    let spec = match folder.recipe().is_file() {
-        true => Some(tune_recipe::load(&folder.recipe(), &[])?),
-        false => None,
-    };
+    let spec = if folder.recipe().is_file() { Some(tune_recipe::load(&folder.recipe(), &[])?) } else { None };
     let adapter = read_adapter(&folder, spec.is_some())?;
     let reference = base_reference(args, spec.as_ref(), &adapter)?;
     let base = tune_formats::open(&download::resolve(&ModelRef::parse(&reference)?, false)?.path)?;
