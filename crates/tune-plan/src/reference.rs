@@ -113,9 +113,12 @@ impl Row {
     }
 }
 
-/// Parameters in billions with up to three decimals: "7", "1.7", "6.738".
-fn billions(parameters: u64) -> String {
-    let text = format!("{:.3}", parameters as f64 / 1e9);
+/// Parameters in billions: three decimals, or three figures below one billion. "7", "6.738", "0.135".
+pub(crate) fn billions(parameters: u64) -> String {
+    let value = parameters as f64 / 1e9;
+    let zeros_after_the_point =
+        if value > 0.0 && value < 1.0 { (-value.log10()).floor() as usize } else { 0 };
+    let text = format!("{value:.*}", zeros_after_the_point + 3);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
@@ -147,6 +150,8 @@ mod tests {
         assert_eq!(got(Method::Qlora, 4, 7_000_000_000), "ceil(0.65 · 7)");
         assert_eq!(got(Method::Full, 16, 110_000_000_000), "round(9.6 · 110)");
         assert_eq!(got(Method::Lora, 16, 6_738_415_616), "ceil(2.08 · 6.738)");
+        assert_eq!(got(Method::Lora, 16, 134_515_008), "ceil(2.08 · 0.135)");
+        assert_eq!(got(Method::Lora, 16, 150_000), "ceil(2.08 · 0.00015)");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 use tune_recipe::Method;
 
 use crate::estimate::{Basis, MemoryPlan, Term};
+use crate::reference::billions;
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,10 +38,10 @@ impl MemoryPlan {
         };
         writeln!(f, "\nreference   {} GB = {}, the rule of thumb for {row};", r.gb, r.formula)?;
         writeln!(f, "            it knows no batch, sequence length, rank or vocabulary")?;
-        let (to_run, billions) = (format_bytes(r.inference_bytes), r.parameters as f64 / 1e9);
+        let (to_run, billions) = (format_bytes(r.inference_bytes), billions(r.parameters));
         writeln!(
             f,
-            "            only to run the model: {to_run} = 1.2 · {} bits · {billions:.3} billion",
+            "            only to run the model: {to_run} = 1.2 · {} bits · {billions} billion",
             r.bits
         )
     }

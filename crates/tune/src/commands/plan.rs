@@ -14,6 +14,7 @@ use crate::{download, inputs, machine};
 
 #[derive(clap::Args)]
 #[command(
+    override_usage = "tune plan [OPTIONS] <RECIPE>\n       tune plan [OPTIONS] --model <SIZE|NAME|FILE>",
     after_help = "Exits with 3 when the run does not fit. A bare size (7b) only gives the rule of thumb, which decides \
                   nothing unless --device is given.\n\n\
                   Examples:\n  tune plan recipes/quickstart.toml\n  tune plan --model 7b --method qlora\n  \
@@ -71,7 +72,12 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let (plan, decides) = match (&args.recipe, &args.model) {
         (Some(recipe), _) => of_recipe(recipe, args, device)?,
         (None, Some(model)) => of_model(model, args, device)?,
-        (None, None) => return Err(UsageError::report("nothing to plan", "give a recipe or --model")),
+        (None, None) => {
+            return Err(UsageError::report(
+                "nothing to plan",
+                "give a recipe, or a model: tune plan --model 7b --method qlora",
+            ));
+        }
     };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&plan).into_diagnostic()?);
@@ -167,18 +173,17 @@ fn find(name: &str) -> miette::Result<Known> {
         (Err(_), Some(_)) => None,
         (Err(error), None) => return Err(error.into()),
     };
-    let is_a_path = matches!(reference, Some(ModelRef::Directory(_) | ModelRef::Gguf(_)));
-    let error = match reference.as_ref().map(download::resolve_local) {
+    match reference.as_ref().map(download::resolve_local) {
         Some(Ok(resolved)) => {
             let base = tune_formats::open(&resolved.path)?;
             let shape = Shape::from(&base.config);
             let facts = Some(inputs::facts(&base));
             return Ok(Known { name: base.name.clone(), shape, base: Some(base), facts });
         }
-        Some(Err(error)) if is_a_path => return Err(error.into()),
-        Some(Err(error)) => Some(error),
-        None => None,
-    };
+        // A path, or a store without network: the error says what is wrong, and fetching would not help.
+        Some(Err(error)) if !is_remote(reference.as_ref()) && published.is_none() => return Err(error.into()),
+        Some(Err(_)) | None => {}
+    }
     if let Some(model) = published {
         let trainable = gguf::names::architecture(model.architecture).is_some();
         eprintln!(
@@ -188,11 +193,14 @@ fn find(name: &str) -> miette::Result<Known> {
         );
         return Ok(Known { name: model.name.to_owned(), shape: model.shape, base: None, facts: None });
     }
-    let reason = error.map_or_else(String::new, |error| format!(" ({error})"));
     Err(UsageError::report(
-        format!("{name} is not on this machine{reason}"),
+        format!("{name} is not on this machine"),
         format!("fetch it first: tune pull {name}; or give a size, such as --model 7b"),
     ))
+}
+
+fn is_remote(reference: Option<&ModelRef>) -> bool {
+    matches!(reference, Some(ModelRef::Hub(_) | ModelRef::Catalogue(_)))
 }
 
 fn budget(text: &str) -> miette::Result<Budget> {
