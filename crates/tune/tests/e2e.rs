@@ -19,7 +19,7 @@ struct Limits {
 }
 
 /// Both sides compute exactly what the weights say, in float32.
-const SAME_WEIGHTS: Limits = Limits { min_top1: 0.99, max_mean_kl: 1e-6, max_difference: 5e-3 };
+const SAME_WEIGHTS: Limits = Limits { min_top1: 0.99, max_mean_kl: 1e-8, max_difference: 1e-3 };
 /// One side has the weights, the other the same rounded to F16, and F16 activations.
 const ROUNDED_TO_F16: Limits = Limits { min_top1: 0.99, max_mean_kl: 1e-4, max_difference: 0.5 };
 /// llama.cpp on quantised weights rounds activations to 8 bits: 2.5e-3 nats, 95 % on average.
@@ -93,7 +93,7 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     let tuned = bench.tune_logits(&run, None, &tokens, "tuned");
     let effect = bench.difference(&plain, &tuned)["mean_kl"].as_f64().expect("mean_kl");
     assert!(
-        effect > 100.0 * SAME_WEIGHTS.max_mean_kl,
+        effect > 10.0 * ROUNDED_TO_F16.max_mean_kl,
         "too small an effect ({effect} nats) to prove anything"
     );
 
@@ -115,7 +115,7 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     bench.compare(&tuned, &ours, &ROUNDED_ACTIVATIONS);
 
     let adapter = bench.export(&run, "peft", "adapter");
-    bench.check_peft(&base, &adapter, &tuned, "2e-3");
+    bench.check_peft(&base, &adapter, &tuned, "1e-3");
 }
 
 #[test]
