@@ -82,18 +82,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Refuses a run's targets that could not be written, before it has trained for hours.
+pub fn check_targets(targets: &[String]) -> Result<()> {
+    targets.iter().try_for_each(|target| parse_target(target).map(|_| ()))
+}
+
 /// Writes one of a run's own targets into its folder and gives the path.
 pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<PathBuf> {
     let spec = &inputs.spec;
-    if let Some(name) = target.strip_prefix("ollama:") {
-        return Err(UsageError::report(
-            format!("\"{target}\" cannot be written by this version"),
-            format!(
-                "run `tune export {} --to gguf-lora`, then `ollama create {name} -f` with the Modelfile beside it",
-                folder.root().display()
-            ),
-        ));
-    }
     let target = parse_target(target)?;
     let adapter = read_adapter(folder, true)?;
     let job = Job {
@@ -174,6 +170,12 @@ impl Job<'_> {
 }
 
 fn parse_target(text: &str) -> Result<ExportTarget> {
+    if let Some(name) = text.strip_prefix("ollama:") {
+        return Err(UsageError::report(
+            format!("\"{text}\" cannot be written by this version"),
+            format!("export gguf-lora, then run `ollama create {name} -f` with the Modelfile beside it"),
+        ));
+    }
     text.parse().map_err(|error| match error {
         ExportError::Target { given, help } => {
             UsageError::report(format!("unknown export target \"{given}\""), help)

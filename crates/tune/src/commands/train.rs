@@ -9,7 +9,7 @@ use indicatif::{HumanBytes, HumanDuration};
 use miette::IntoDiagnostic;
 use owo_colors::{OwoColorize, Stream};
 use tune_data::{BatchOptions, Batcher};
-use tune_recipe::{Override, Resume, RunSpec};
+use tune_recipe::{Method, Override, Resume, RunSpec};
 use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
 
 use super::export;
@@ -56,6 +56,10 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
 
     // What the recipe names.
     let mut inputs = inputs::open(&args.recipe, &overrides(args))?;
+    refuse_what_is_not_there(&inputs.spec)?;
+    for note in &inputs.spec.notes {
+        say(format!("note      {note}"));
+    }
     let base = &inputs.base;
     say(format!("base      {} ({})", inputs.resolved.reference, inputs.resolved.origin));
     let dataset = inputs.dataset()?;
@@ -121,6 +125,17 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         say(format!("next      tune export {} --to gguf-lora --out adapter.gguf", folder.root().display()));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a recipe may say and this version cannot do is refused before the run, not after it.
+fn refuse_what_is_not_there(spec: &RunSpec) -> miette::Result<()> {
+    if spec.adapter.method == Method::Full {
+        return Err(UsageError::report(
+            "adapter.type = \"full\" can be planned but not trained by this version",
+            "use \"lora\", or \"qlora\" over a quantised base",
+        ));
+    }
+    export::check_targets(&spec.export.targets)
 }
 
 fn overrides(args: &Args) -> Vec<Override> {
