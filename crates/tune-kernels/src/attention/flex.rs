@@ -2,11 +2,11 @@
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::backend::{Flex, TensorMetadata};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
-use std::sync::Arc;
 
 use super::{AttentionSpan, CausalAttention, CausalAttentionKernels, Heads, Saved};
 use crate::cpu::{
@@ -14,9 +14,9 @@ use crate::cpu::{
     multiply_add, scale_in_place, vectorised, with_scratch,
 };
 
-/// Queries and keys of a tile of scores: 128 KiB, so that two of them and their inputs stay in the second-level
+/// Queries and keys of a tile of scores: 64 KiB, so that two of them and their inputs stay in the second-level
 /// cache.
-const QUERY_BLOCK: usize = 128;
+const QUERY_BLOCK: usize = 64;
 const KEY_BLOCK: usize = 256;
 
 impl CausalAttention for Flex {
