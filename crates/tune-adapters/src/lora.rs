@@ -1,6 +1,8 @@
 //! LoRA: a low-rank update beside a frozen linear layer.
 //!
-//!     y = x Wᵀ + s · (x Aᵀ) Bᵀ        s = α / r, or α / √r with rsLoRA
+//! ```text
+//! y = x Wᵀ + s · (x Aᵀ) Bᵀ        s = α / r, or α / √r with rsLoRA
+//! ```
 //!
 //! W `[d_out, d_in]` frozen; A `[rank, d_in]` Kaiming-uniform; B `[d_out, rank]` zero, so Δ = 0 at step 0.
 //! Hu et al. 2021, arXiv 2106.09685, eq. 3; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.

@@ -1,6 +1,8 @@
 //! Loss and perplexity over the trained tokens of some documents.
 //!
-//!     loss = − Σ log p(target) / N          perplexity = e^loss
+//! ```text
+//! loss = − Σ log p(target) / N          perplexity = e^loss
+//! ```
 
 use burn::tensor::{Int, Tensor};
 use tune_data::MicroBatch;

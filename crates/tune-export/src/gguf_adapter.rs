@@ -1,6 +1,8 @@
 //! The adapter alone as a GGUF file, applied by llama.cpp and Ollama over the unchanged base.
 //!
-//!     y = W x + (alpha / r) · B (A x)
+//! ```text
+//! y = W x + (alpha / r) · B (A x)
+//! ```
 //!
 //! with one `alpha` for the file and r taken from each pair, so an rsLoRA adapter gets alpha·√r. Rows of B are permuted
 //! as the rows of their base tensor are.

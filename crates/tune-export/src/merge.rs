@@ -1,6 +1,8 @@
 //! Base and adapter, one row at a time.
 //!
-//!     W' = W + s · B A
+//! ```text
+//! W' = W + s · B A
+//! ```
 //!
 //! W `[d_out, d_in]` as stored and decoded to `f32`, A `[r, d_in]`, B `[d_out, r]`; the sum is formed in `f32` and
 //! rounded once, when it is encoded. W + ΔW exists for a few rows only.

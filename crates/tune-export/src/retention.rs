@@ -2,8 +2,10 @@
 //!
 //! With the base's weights W, the wanted W + Δ and what the file holds, W + Δ̂:
 //!
-//!     kept  = ⟨Δ̂, Δ⟩ / ⟨Δ, Δ⟩        1 when nothing is lost, 0 when the file is the base
-//!     error = ‖Δ̂ − Δ‖ / ‖Δ‖
+//! ```text
+//! kept  = ⟨Δ̂, Δ⟩ / ⟨Δ, Δ⟩        1 when nothing is lost, 0 when the file is the base
+//! error = ‖Δ̂ − Δ‖ / ‖Δ‖
+//! ```
 //!
 //! Typical updates are below one percent of a weight, far less than a step of a 4-bit grid, so merging into one can
 //! erase them.

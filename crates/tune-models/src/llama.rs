@@ -1,7 +1,9 @@
 //! Llama: the decoder of Llama 2 and 3, SmolLM2, TinyLlama and Mistral without a sliding window.
 //!
-//!     h = x + o(attention(rope(q), rope(k), v))     q, k, v of RMSNorm(x)
-//!     y = h + down(silu(gate) ⊙ up)                 gate, up of RMSNorm(h)
+//! ```text
+//! h = x + o(attention(rope(q), rope(k), v))     q, k, v of RMSNorm(x)
+//! y = h + down(silu(gate) ⊙ up)                 gate, up of RMSNorm(h)
+//! ```
 //!
 //! Touvron et al. 2023, arXiv 2307.09288; grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
 //! Weights `[d_out, d_in]` under their Hugging Face names, frozen and as stored.

@@ -1,7 +1,9 @@
 //! NF4 with double quantisation, as bitsandbytes stores it.
 //!
-//!     w[i] = code[q_i] · absmax[i / 64]
-//!     absmax[b] = map[a_b] · nested_absmax[b / 256] + offset
+//! ```text
+//! w[i] = code[q_i] · absmax[i / 64]
+//! absmax[b] = map[a_b] · nested_absmax[b / 256] + offset
+//! ```
 //!
 //! The 16 codes are the quantiles of a normal distribution, scaled to [−1, 1]; the map of 256 entries is the
 //! "dynamic" 8-bit type. Dettmers et al. 2023, arXiv 2305.14314, section 3; 2021, arXiv 2110.02861, section 1.3.

@@ -1,6 +1,8 @@
 //! Loss and adapter gradients of one micro-batch.
 //!
-//!     L = scale · Σ −log p(target)      over the trained positions of the micro-batch
+//! ```text
+//! L = scale · Σ −log p(target)      over the trained positions of the micro-batch
+//! ```
 //!
 //! With block checkpointing (Chen et al. 2016, arXiv 1604.06174) the forward pass keeps each block's input and
 //! no graph; backward runs one block at a time again with a graph, last to first, and injects the gradient of

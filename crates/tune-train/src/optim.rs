@@ -1,8 +1,10 @@
 //! AdamW with torch's arithmetic and defaults, and clipping by the global norm.
 //!
-//!     p ← p · (1 − lr · λ)
-//!     m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
-//!     p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+//! ```text
+//! p ← p · (1 − lr · λ)
+//! m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
+//! p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+//! ```
 //!
 //! Loshchilov and Hutter 2019, arXiv 1711.05101; order of operations as in `torch.optim.AdamW`.
 //! burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its state by module; ours is a list in the

@@ -74,6 +74,13 @@ impl RunFolder {
         self.metrics().exists() || self.checkpoints().is_dir() || self.is_finished()
     }
 
+    /// Writes one of the folder's files; its name holds either the old or the new content, whatever happens in
+    /// between.
+    pub fn write(&self, path: &Path, content: &[u8]) -> Result<(), TrainError> {
+        fs::create_dir_all(&self.root).map_err(io("create", &self.root))?;
+        write_atomically(path, content)
+    }
+
     /// Moves a used folder out of the way, to the first free `NAME.old-N`, and returns where it went.
     pub fn set_aside(&self) -> Result<Option<PathBuf>, TrainError> {
         if !self.is_used() {

@@ -38,6 +38,8 @@ pub struct Setup<'a> {
     pub validation: Batcher,
     /// Where everything is written.
     pub folder: RunFolder,
+    /// What the run was predicted to need, for `plan.json`.
+    pub plan: String,
     /// The checkpoint to go on from.
     pub resume_from: Option<PathBuf>,
     /// Set from outside to save and stop.
@@ -97,6 +99,9 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         (adam, state) = resume(setup, path, &mut model, &state.settings)?;
     }
     let mut saved_at = setup.resume_from.as_ref().map(|_| state.step);
+    // The folder is this run's own from here on: nothing is written before it is known not to be another's.
+    folder.write(&folder.recipe(), spec.to_toml().as_bytes())?;
+    folder.write(&folder.plan(), setup.plan.as_bytes())?;
     let mut log = MetricsLog::open(folder, state.step)?;
     on_event(Event::Started {
         total_steps: steps.len(),

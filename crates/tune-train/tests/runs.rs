@@ -76,7 +76,6 @@ fn train(
     resume_from: Option<PathBuf>,
     stop_after: Option<usize>,
 ) -> Result<Run, TrainError> {
-    fs::create_dir_all(folder.root()).expect("run folder");
     let stop = AtomicBool::new(stop_after == Some(0));
     let setup = Setup {
         spec,
@@ -84,6 +83,7 @@ fn train(
         train: batcher(spec, rows(24)),
         validation: batcher(spec, rows(4)),
         folder: folder.clone(),
+        plan: "{}".into(),
         resume_from,
         stop: &stop,
     };
@@ -205,6 +205,8 @@ fn other_settings_do_not_mix_with_a_checkpoint() {
     assert!(
         differences[0].contains("adapter.lora_dropout") && differences[1].contains("train.learning_rate")
     );
+    let kept = tune_recipe::load(&folder.recipe(), &[]).expect("the earlier recipe");
+    assert!((kept.train.learning_rate - 5e-3).abs() < 1e-12, "the refused run has overwritten run.toml");
 }
 
 #[test]

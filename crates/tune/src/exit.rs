@@ -1,7 +1,5 @@
 //! Exit codes. Scripts rely on them.
 
-use std::io;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use miette::{Diagnostic, Report};
@@ -10,7 +8,6 @@ use tune_data::DataError;
 use tune_export::ExportError;
 use tune_hub::HubError;
 use tune_recipe::RecipeError;
-use tune_train::TrainError;
 
 /// Bad arguments or a bad recipe, as clap.
 pub const USAGE: u8 = 2;
@@ -39,24 +36,6 @@ impl UsageError {
     pub fn report(message: impl Into<String>, help: impl Into<String>) -> Report {
         Self { message: message.into(), help: help.into() }.into()
     }
-}
-
-/// A file or folder that cannot be written.
-pub fn unwritable(path: &Path, error: &io::Error) -> Report {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            TrainError::NoSpace { path: path.to_owned() }.into()
-        }
-        _ => Unwritable { path: path.to_owned(), reason: error.to_string() }.into(),
-    }
-}
-
-#[derive(Debug, Error, Diagnostic)]
-#[error("cannot write {}: {reason}", path.display())]
-#[diagnostic(help("choose another place with --out, or check the permissions"))]
-struct Unwritable {
-    path: PathBuf,
-    reason: String,
 }
 
 /// A plan that exceeds its budget.

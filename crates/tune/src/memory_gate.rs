@@ -6,9 +6,8 @@ use tune_data::Sample;
 use tune_formats::BaseModel;
 use tune_plan::{MemoryPlan, PlanInput, Shape};
 use tune_recipe::{Budget, OnExceed, RunSpec};
-use tune_train::RunFolder;
 
-use crate::exit::{DoesNotFit, unwritable};
+use crate::exit::DoesNotFit;
 use crate::machine;
 
 /// A plan that has passed.
@@ -67,14 +66,13 @@ impl Gate {
         text
     }
 
-    /// Writes `plan.json`, after the run with what was measured.
-    pub fn write(&self, folder: &RunFolder, measured_peak: Option<u64>) -> miette::Result<()> {
+    /// The content of `plan.json`, after the run with what was measured.
+    pub fn json(&self, measured_peak: Option<u64>) -> String {
         let mut plan = serde_json::to_value(&self.plan).unwrap_or_default();
         if let (Some(object), Some(peak)) = (plan.as_object_mut(), measured_peak) {
             object.insert("measured".into(), json!({ "peak_bytes": peak }));
         }
-        let text = serde_json::to_string_pretty(&plan).unwrap_or_default() + "\n";
-        std::fs::write(folder.plan(), text).map_err(|error| unwritable(&folder.plan(), &error))
+        serde_json::to_string_pretty(&plan).unwrap_or_default() + "\n"
     }
 }
 

@@ -1,6 +1,8 @@
 //! The rotary frequencies of a model (Su et al. 2021, arXiv 2104.09864).
 //!
-//!     frequency_i = θ^(−2i / head_dim), i < head_dim / 2
+//! ```text
+//! frequency_i = θ^(−2i / head_dim), i < head_dim / 2
+//! ```
 //!
 //! Scaling of Llama 3.1 as in transformers' `_compute_llama3_parameters`. Frequencies are rounded to f32 and
 //! angles computed from them in f32, as transformers does.

@@ -13,7 +13,7 @@ use tune_recipe::{Method, Override, Resume, RunSpec};
 use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
 
 use super::export;
-use crate::exit::{INTERRUPTED, UsageError, unwritable};
+use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
 use crate::memory_gate::{self, Gate};
 use crate::progress::{Mode, Progress};
@@ -87,9 +87,6 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let spec = &inputs.spec;
     let folder = RunFolder::new(&spec.run.out);
     let resume_from = resume_point(&spec.checkpoint.resume, &folder, &say)?;
-    std::fs::create_dir_all(folder.root()).map_err(|e| unwritable(folder.root(), &e))?;
-    std::fs::write(folder.recipe(), spec.to_toml()).map_err(|e| unwritable(&folder.recipe(), &e))?;
-    gate.write(&folder, None)?;
     let stop = stop_on_ctrl_c()?;
     let setup = Setup {
         spec,
@@ -97,6 +94,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         train: Batcher::new(train, batch_options(spec, spec.train.shuffle))?,
         validation: Batcher::new(held_out, batch_options(spec, false))?,
         folder: folder.clone(),
+        plan: gate.json(None),
         resume_from,
         stop: &stop,
     };
@@ -105,7 +103,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     progress.finish();
     let outcome = outcome?;
     if let Some(svg) = crate::loss_plot::svg(&folder.read_metrics()?) {
-        std::fs::write(folder.loss_svg(), svg).map_err(|e| unwritable(&folder.loss_svg(), &e))?;
+        folder.write(&folder.loss_svg(), svg.as_bytes())?;
     }
     if outcome.finish == Finish::Interrupted {
         say(format!("stopped   after step {}; the same command goes on from there", outcome.steps));
@@ -199,9 +197,11 @@ fn stop_on_ctrl_c() -> miette::Result<Arc<AtomicBool>> {
 }
 
 fn report_end(folder: &RunFolder, gate: &Gate, say: &dyn Fn(String)) -> miette::Result<()> {
-    let measured = peak_memory_bytes();
-    gate.write(folder, measured)?;
-    let Some(last) = folder.read_metrics()?.pop() else { return Ok(()) };
+    let mut metrics = folder.read_metrics()?;
+    // The steps before an interruption count as well.
+    let measured = metrics.iter().filter_map(|m| m.peak_memory_bytes).chain(peak_memory_bytes()).max();
+    folder.write(&folder.plan(), gate.json(measured).as_bytes())?;
+    let Some(last) = metrics.pop() else { return Ok(()) };
     let elapsed = HumanDuration(std::time::Duration::from_secs_f64(last.elapsed_s));
     say(format!("trained   {} steps in {elapsed}, loss {:.4}", last.step, last.loss));
     if let Some(measured) = measured {
