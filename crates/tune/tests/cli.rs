@@ -240,8 +240,10 @@ fn a_run_that_does_not_fit() {
 fn no_space_left() {
     let bench = Bench::with_recipe(|recipe| recipe);
     fs::create_dir(bench.path("out")).expect("folder");
-    std::os::unix::fs::symlink("/dev/full", bench.path("out/run.toml")).expect("link");
+    // Where run.toml is written before it gets its name.
+    std::os::unix::fs::symlink("/dev/full", bench.path("out/run.partial")).expect("link");
     let text = bench.run(&["train", "recipe.toml", "--out", "out", "--quiet"]);
+    assert!(!bench.path("out/run.toml").exists(), "a half-written run.toml");
     insta::assert_snapshot!(text);
 }
 
