@@ -104,7 +104,11 @@ impl Sampler {
 
     fn draw(&mut self, candidates: &[(u32, f64)]) -> u32 {
         let weights = weights(candidates, self.config.temperature);
-        let mut point = self.rng.random_range(0.0..weights.iter().sum());
+        let total: f64 = weights.iter().sum();
+        if !(total.is_finite() && total > 0.0) {
+            return candidates.first().map_or(0, |(id, _)| *id); // logits that are no numbers
+        }
+        let mut point = self.rng.random_range(0.0..total);
         for ((id, _), weight) in candidates.iter().zip(&weights) {
             if point < *weight {
                 return *id;

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::Tensor;
-use tune_adapters::{LoraConfig, Targets};
-use tune_formats::{BaseModel, peft};
+use tune_adapters::{LINEARS, LoraConfig, Targets};
+use tune_formats::{BaseModel, ModelConfig, peft};
 use tune_models::{Llama, ModelError};
 use tune_recipe::{Layers, RunSpec, TargetModules};
 
@@ -15,19 +15,11 @@ pub(crate) fn adapt(model: &mut Llama, spec: &RunSpec, base: &BaseModel) -> Resu
     if let Some(path) = &spec.adapter.init_adapter {
         let initial = peft::read(path)?;
         initial.check_base(base)?;
-        agree(&initial.config, spec)?;
+        agree(&initial, spec, &targets(model, spec)?, model.blocks().len())?;
         model.attach_weights(&initial, spec.adapter.lora_dropout)?;
         return Ok(());
     }
-    let modules = match &spec.adapter.target_modules {
-        TargetModules::AllLinear => vec!["all-linear".to_string()],
-        TargetModules::Names(names) => names.clone(),
-    };
-    let layers = match &spec.adapter.layers {
-        Layers::All => None,
-        Layers::Only(layers) => Some(layers.as_slice()),
-    };
-    let targets = Targets::new(&modules, layers, model.blocks().len()).map_err(ModelError::from)?;
+    let targets = targets(model, spec)?;
     let config = LoraConfig {
         rank: spec.adapter.r,
         alpha: spec.adapter.lora_alpha,
@@ -38,9 +30,34 @@ pub(crate) fn adapt(model: &mut Llama, spec: &RunSpec, base: &BaseModel) -> Resu
     Ok(())
 }
 
-/// The recipe's rank and scale hold for the whole run, so those of an initial adapter must be the same.
-fn agree(initial: &peft::AdapterConfig, spec: &RunSpec) -> Result<(), TrainError> {
+/// The linear layers that the recipe names.
+fn targets(model: &Llama, spec: &RunSpec) -> Result<Targets, TrainError> {
+    let modules = match &spec.adapter.target_modules {
+        TargetModules::AllLinear => vec!["all-linear".to_string()],
+        TargetModules::Names(names) => names.clone(),
+    };
+    let layers = match &spec.adapter.layers {
+        Layers::All => None,
+        Layers::Only(layers) => Some(layers.as_slice()),
+    };
+    Ok(Targets::new(&modules, layers, model.blocks().len()).map_err(ModelError::from)?)
+}
+
+/// The recipe's rank, scale and targets hold for the whole run, so those of an initial adapter must be the same.
+fn agree(
+    initial: &peft::Adapter,
+    spec: &RunSpec,
+    targets: &Targets,
+    n_layers: usize,
+) -> Result<(), TrainError> {
     let adapter = &spec.adapter;
+    let wanted: BTreeSet<String> = (0..n_layers)
+        .flat_map(|layer| LINEARS.iter().map(move |name| (layer, *name)))
+        .filter(|(layer, name)| targets.contains(*layer, name))
+        .map(|(layer, name)| ModelConfig::linear_path(layer, name))
+        .collect();
+    let there: BTreeSet<String> = initial.layers.keys().cloned().collect();
+    let (initial, layers) = (&initial.config, &initial.layers);
     let mut differences = Vec::new();
     if initial.r != adapter.r {
         differences.push(format!("r: {} there, {} in the recipe", initial.r, adapter.r));
@@ -52,6 +69,13 @@ fn agree(initial: &peft::AdapterConfig, spec: &RunSpec) -> Result<(), TrainError
     if initial.use_rslora != adapter.use_rslora {
         differences
             .push(format!("use_rslora: {} there, {} in the recipe", initial.use_rslora, adapter.use_rslora));
+    }
+    if wanted != there {
+        differences.push(format!(
+            "target_modules and layers: {} linear layers there, {} in the recipe",
+            layers.len(),
+            wanted.len()
+        ));
     }
     if differences.is_empty() { Ok(()) } else { Err(TrainError::InitialAdapter { differences }) }
 }

@@ -74,9 +74,7 @@ pub fn save(
     let json = serde_json::to_vec_pretty(state).unwrap_or_default();
     write_atomically(&temporary.join(STATE), &json)?;
     sync_folder(&temporary)?;
-    if path.exists() {
-        fs::remove_dir_all(&path).map_err(io("replace", &path))?;
-    }
+    set_aside(&path)?;
     fs::rename(&temporary, &path).map_err(io("rename", &path))?;
     sync_folder(&parent)?;
 
@@ -85,6 +83,15 @@ pub fn save(
         fs::remove_dir_all(old).map_err(io("remove", old))?;
     }
     Ok(path)
+}
+
+/// Sets the checkpoints after `step` aside as `step-NNNNNN.old`: a run that goes on from an earlier one leaves their
+/// course, and the newest by number must be the newest in time.
+pub fn set_aside_after(folder: &RunFolder, step: usize) -> Result<(), TrainError> {
+    list(folder)
+        .iter()
+        .filter(|path| number(path).is_some_and(|n| n > step))
+        .try_for_each(|path| set_aside(path))
 }
 
 /// The newest checkpoint of a run folder.
@@ -120,17 +127,30 @@ pub fn load(path: &Path, device: &Device) -> Result<Checkpoint, TrainError> {
 
 fn list(folder: &RunFolder) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder.checkpoints()) else { return Vec::new() };
-    let step = |path: &Path| {
-        let name = path.file_name()?.to_str()?;
-        name.strip_prefix("step-")?.parse::<usize>().ok()
-    };
     let mut found: Vec<_> = entries
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter_map(|path| Some((step(&path)?, path)))
+        .filter_map(|path| Some((number(&path)?, path)))
         .filter(|(_, path)| path.join(STATE).is_file())
         .collect();
     found.sort();
     found.into_iter().map(|(_, path)| path).collect()
+}
+
+/// The step of a checkpoint's folder; `None` for what is half written or set aside.
+fn number(path: &Path) -> Option<usize> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+}
+
+/// Renames a folder to `NAME.old`, in place of an earlier one.
+fn set_aside(path: &Path) -> Result<(), TrainError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let old = path.with_extension("old");
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(io("remove", &old))?;
+    }
+    fs::rename(path, &old).map_err(io("rename", path))
 }
 
 fn write_moments(path: &Path, moments: &[(String, &Moments)]) -> Result<(), TrainError> {

@@ -64,14 +64,25 @@ pub enum TrainError {
     #[error("there is nothing to train on: all rows were held out for validation")]
     #[diagnostic(help("add rows, or lower data_options.val_split"))]
     NoSteps,
-    /// The loss is no longer a number.
-    #[error("loss became {loss} at step {step}")]
+    /// More steps than a run can have.
+    #[error("the recipe asks for {steps:.0} optimizer steps, and a run may have at most {most}")]
+    #[diagnostic(help("lower train.max_steps or train.num_epochs"))]
+    TooManySteps {
+        /// Asked for.
+        steps: f64,
+        /// The limit.
+        most: usize,
+    },
+    /// The loss or a gradient is no longer a number.
+    #[error("{what} became {value} at step {step}")]
     #[diagnostic(help("lower train.learning_rate, or look at the rows of this step with `tune data`"))]
     Diverged {
         /// The step.
         step: usize,
+        /// Loss or gradient.
+        what: &'static str,
         /// What it became.
-        loss: f64,
+        value: f64,
     },
     /// The model cannot be built or adapted.
     #[error(transparent)]

@@ -66,7 +66,8 @@ impl RunFolder {
 
     /// The run has written its adapter.
     pub fn is_finished(&self) -> bool {
-        self.adapter().is_dir()
+        // Written last.
+        self.adapter().join("adapter_config.json").is_file()
     }
 
     /// There is something here that a fresh run would mix with.
@@ -93,6 +94,18 @@ impl RunFolder {
             .unwrap_or_default();
         fs::rename(&self.root, &free).map_err(io("rename", &self.root))?;
         Ok(Some(free))
+    }
+
+    /// Moves the adapter of an earlier end of this run to `adapter.old`: it is not what a longer run is training.
+    pub(crate) fn set_adapter_aside(&self) -> Result<(), TrainError> {
+        if !self.adapter().exists() {
+            return Ok(());
+        }
+        let old = self.root.join("adapter.old");
+        if old.exists() {
+            fs::remove_dir_all(&old).map_err(io("remove", &old))?;
+        }
+        fs::rename(self.adapter(), &old).map_err(io("rename", &self.adapter()))
     }
 
     /// All lines of `metrics.jsonl`; none when there is no such file.
@@ -192,6 +205,7 @@ mod tests {
         assert_eq!(folder.set_aside().expect("nothing there"), None);
         for n in 1..=2 {
             fs::create_dir_all(folder.adapter()).expect("created");
+            fs::write(folder.adapter().join("adapter_config.json"), "{}").expect("written");
             let moved = folder.set_aside().expect("moved").expect("was used");
             assert_eq!(moved, dir.path().join(format!("quick.old-{n}")));
         }

@@ -79,7 +79,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     adapt(&mut model, spec, base)?;
 
     // Data.
-    let steps = steps(&setup.train, &spec.train);
+    let steps = steps(&setup.train, &spec.train)?;
     if steps.is_empty() {
         return Err(TrainError::NoSteps);
     }
@@ -102,6 +102,10 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     // The folder is this run's own from here on: nothing is written before it is known not to be another's.
     folder.write(&folder.recipe(), spec.to_toml().as_bytes())?;
     folder.write(&folder.plan(), setup.plan.as_bytes())?;
+    if state.step < steps.len() {
+        checkpoint::set_aside_after(folder, state.step)?;
+        folder.set_adapter_aside()?;
+    }
     let mut log = MetricsLog::open(folder, state.step)?;
     on_event(Event::Started {
         total_steps: steps.len(),
@@ -120,10 +124,13 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
             break;
         };
         if !batch.loss.is_finite() {
-            return Err(TrainError::Diverged { step: number, loss: batch.loss });
+            return Err(TrainError::Diverged { step: number, what: "loss", value: batch.loss });
         }
         let mut gradients = batch.gradients;
         let grad_norm = clip_grad_norm(&mut gradients, spec.train.max_grad_norm);
+        if !grad_norm.is_finite() {
+            return Err(TrainError::Diverged { step: number, what: "gradient", value: grad_norm });
+        }
         let learning_rate = schedule.learning_rate(number);
         if !gradients.is_empty() {
             let parameters = parameters(&mut model).into_iter().map(|(_, parameter)| parameter).collect();

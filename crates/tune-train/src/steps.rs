@@ -4,6 +4,11 @@
 use tune_data::{BatchPlan, Batcher, Sample};
 use tune_recipe::Train;
 
+use crate::TrainError;
+
+/// Decades of training, and still a list that fits in memory.
+const MOST_STEPS: usize = 10_000_000;
+
 /// One optimizer step.
 pub(crate) struct Step {
     /// Its micro-batches; their gradients are summed.
@@ -16,7 +21,12 @@ pub(crate) struct Step {
 ///
 /// The step with the longest micro-batch comes first: a run that does not fit in memory fails at once instead of
 /// hours later.
-pub(crate) fn steps(batcher: &Batcher, train: &Train) -> Vec<Step> {
+pub(crate) fn steps(batcher: &Batcher, train: &Train) -> Result<Vec<Step>, TrainError> {
+    let in_an_epoch = batcher.epoch(0).len() as f64 / train.gradient_accumulation_steps.max(1) as f64;
+    let asked = train.max_steps.map_or(train.num_epochs * in_an_epoch, |most| most as f64);
+    if asked > MOST_STEPS as f64 {
+        return Err(TrainError::TooManySteps { steps: asked, most: MOST_STEPS });
+    }
     let mut steps = Vec::new();
     for epoch in 0u64.. {
         let micro_batches = batcher.epoch(epoch);
@@ -37,7 +47,7 @@ pub(crate) fn steps(batcher: &Batcher, train: &Train) -> Vec<Step> {
     }
     steps.truncate(train.max_steps.unwrap_or(usize::MAX));
     longest_first(&mut steps, batcher.samples());
-    steps
+    Ok(steps)
 }
 
 fn longest_first(steps: &mut [Step], samples: &[Sample]) {
@@ -70,19 +80,19 @@ mod tests {
     fn epochs_end_with_a_smaller_step_and_may_be_fractions() {
         let data = batcher(&[8; 10]);
         let sizes = |epochs| {
-            let steps = steps(&data, &train(epochs, None, 4));
+            let steps = steps(&data, &train(epochs, None, 4)).expect("few");
             steps.iter().map(|step| step.micro_batches.len()).collect::<Vec<_>>()
         };
         assert_eq!(sizes(1.0), [4, 4, 2]);
         assert_eq!(sizes(1.5), [4, 4, 2, 4, 1]);
-        let last = steps(&data, &train(1.5, None, 4)).pop().expect("steps");
+        let last = steps(&data, &train(1.5, None, 4)).expect("few").pop().expect("steps");
         assert!((last.epoch - 1.5).abs() < 1e-12);
     }
 
     #[test]
     fn max_steps_replaces_epochs_and_draws_each_epoch_anew() {
         let data = batcher(&[8; 6]);
-        let steps = steps(&data, &train(0.1, Some(5), 3));
+        let steps = steps(&data, &train(0.1, Some(5), 3)).expect("few");
         assert_eq!(steps.len(), 5);
         let epoch = |at: usize| [&steps[at], &steps[at + 1]].map(|step| step.micro_batches.concat()).concat();
         let (mut first, mut second) = (epoch(0), epoch(2));
@@ -96,7 +106,7 @@ mod tests {
     fn the_longest_micro_batch_comes_first() {
         let lengths = [5, 9, 60, 7, 8, 6];
         let data = batcher(&lengths);
-        let steps = steps(&data, &train(1.0, None, 2));
+        let steps = steps(&data, &train(1.0, None, 2)).expect("few");
         assert!(steps[0].micro_batches.contains(&vec![2]));
         let mut all: Vec<usize> = steps.iter().flat_map(|step| step.micro_batches.concat()).collect();
         all.sort_unstable();
@@ -105,6 +115,14 @@ mod tests {
 
     #[test]
     fn no_rows_give_no_steps() {
-        assert!(steps(&batcher(&[]), &train(3.0, None, 2)).is_empty());
+        assert!(steps(&batcher(&[]), &train(3.0, None, 2)).expect("none").is_empty());
+    }
+
+    #[test]
+    fn absurdly_many_steps_are_refused_before_they_fill_memory() {
+        for absurd in [train(1e15, None, 1), train(1.0, Some(1_000_000_000_000), 1)] {
+            let refused = steps(&batcher(&[8, 8]), &absurd);
+            assert!(matches!(refused, Err(TrainError::TooManySteps { .. })));
+        }
     }
 }

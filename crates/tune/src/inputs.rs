@@ -8,6 +8,7 @@ use tune_hub::{ModelRef, Resolved};
 use tune_recipe::{BaseFacts, DataFormat, Override, RunSpec};
 
 use crate::download;
+use crate::model::check_ids;
 
 /// A recipe and the base that it names.
 pub struct Inputs {
@@ -56,7 +57,10 @@ impl Inputs {
             overlong: overlong(self.spec.data_options.overlong),
             vocab_size: self.base.config.vocab_size,
         };
-        Ok(tune_data::load(&sources, &options, &self.tokenizer, self.template.as_ref(), &self.base.name)?)
+        let name = &self.base.name;
+        let dataset = tune_data::load(&sources, &options, &self.tokenizer, self.template.as_ref(), name)?;
+        check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), &self.base)?;
+        Ok(dataset)
     }
 }
 

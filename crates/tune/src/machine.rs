@@ -28,3 +28,14 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
     }
 }
+
+/// Ends the program quietly when the reader of its output goes (`tune data … | head`), as other programs do. A training
+/// run must not: it goes on without a reader.
+pub fn end_with_the_reader() {
+    #[cfg(unix)]
+    #[allow(unsafe_code)]
+    // SAFETY: restores the default action of a signal, before any thread is started.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}

@@ -37,6 +37,9 @@ struct Cli {
 fn main() -> ExitCode {
     machine::keep_freed_memory();
     let cli = Cli::parse();
+    if !matches!(cli.command, commands::Command::Train(_)) {
+        machine::end_with_the_reader();
+    }
     match commands::run(cli.command) {
         Ok(code) => code,
         Err(report) => {

@@ -10,6 +10,7 @@ use tune_models::{Llama, Quantization};
 use tune_train::RunFolder;
 
 use crate::download;
+use crate::exit::UsageError;
 
 /// Which model to use.
 #[derive(clap::Args)]
@@ -46,6 +47,18 @@ pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
     Ok(Opened { base, tokenizer, model })
 }
 
+/// A tokenizer may know ids that the weights have no row for, when its files belong to another model.
+pub fn check_ids<'a>(ids: impl IntoIterator<Item = &'a u32>, base: &BaseModel) -> miette::Result<()> {
+    let rows = base.config.vocab_size;
+    match ids.into_iter().find(|id| **id as usize >= rows) {
+        None => Ok(()),
+        Some(id) => Err(UsageError::report(
+            format!("the tokenizer of {} gives id {id}, and its embedding has {rows} rows", base.name),
+            "tokenizer and weights are of different models: fetch the model again",
+        )),
+    }
+}
+
 /// How a run holds its frozen weights.
 pub fn quantization(spec: &tune_recipe::RunSpec) -> Quantization {
     match spec.model.quantization {
@@ -78,7 +91,13 @@ impl Opened {
 
     /// Ids of a conversation that waits for the assistant's answer.
     pub fn chat_ids(&self, template: &ChatTemplate, messages: &[Message]) -> miette::Result<Vec<u32>> {
-        let text = template.render(messages, None, true)?;
-        Ok(self.tokenizer.encode_sequence(&text)?)
+        self.ids(&template.render(messages, None, true)?)
+    }
+
+    /// Ids of a text that begins a sequence.
+    pub fn ids(&self, text: &str) -> miette::Result<Vec<u32>> {
+        let ids = self.tokenizer.encode_sequence(text)?;
+        check_ids(&ids, &self.base)?;
+        Ok(ids)
     }
 }

@@ -7,6 +7,7 @@ use tune_eval::{Sampler, SamplerConfig, generate};
 use tune_models::Llama;
 
 use crate::inputs::Inputs;
+use crate::model::check_ids;
 
 /// One prompt with both answers.
 pub struct Sample {
@@ -44,7 +45,9 @@ fn prompt_ids(inputs: &Inputs, prompt: &str) -> miette::Result<Vec<u32>> {
         }
         None => prompt.to_string(),
     };
-    Ok(inputs.tokenizer.encode_sequence(&text)?)
+    let ids = inputs.tokenizer.encode_sequence(&text)?;
+    check_ids(&ids, &inputs.base)?;
+    Ok(ids)
 }
 
 fn answer(inputs: &Inputs, model: &Llama, prompt: &[u32]) -> String {

@@ -12,6 +12,7 @@ use tune_eval::generate;
 use tune_models::KvCache;
 
 use super::generate::Sampling;
+use crate::exit::UsageError;
 use crate::model::{self, ModelArgs, Opened};
 
 #[derive(clap::Args)]
@@ -29,7 +30,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let opened = model::open(&args.model)?;
-    let interrupted = Arc::new(AtomicBool::new(false));
+    let interrupted = Arc::new(AtomicBool::new(true)); // at the prompt, one Ctrl-C leaves
     let flag = interrupted.clone();
     ctrlc::set_handler(move || {
         // A second Ctrl-C, with no answer to end, leaves.
@@ -64,7 +65,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             continue;
         };
         messages.push(Message::new("assistant", &answer));
-        interrupted.store(true, Ordering::Relaxed); // at the prompt, one Ctrl-C leaves
+        interrupted.store(true, Ordering::Relaxed);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -91,9 +92,14 @@ impl<'a> Conversation<'a> {
     ) -> miette::Result<Option<String>> {
         let opened = self.opened;
         let ids = opened.chat_ids(&opened.template()?, messages)?;
+        if ids.is_empty() {
+            return Err(UsageError::report("the chat template writes nothing", "use `tune generate --raw`"));
+        }
         // What is cached already need not be computed again, as long as the text begins the same.
-        let shared = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+        let shared =
+            ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len().saturating_sub(1));
         self.cache.truncate(shared);
+        self.cached.truncate(shared);
         if ids.len() - shared > self.cache.remaining() {
             return Ok(None);
         }

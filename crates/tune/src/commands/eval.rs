@@ -65,6 +65,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         LoadOptions { sequence_len, overlong: Overlong::Drop, vocab_size: opened.base.config.vocab_size };
     let name = &opened.base.name;
     let dataset = tune_data::load(&[source], &options, &opened.tokenizer, template.as_ref(), name)?;
+    model::check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), &opened.base)?;
     let dropped = dataset.report.dropped();
     if dropped > 0 {
         eprintln!(

@@ -38,23 +38,33 @@ pub struct Sampling {
     #[arg(long, short = 'n', default_value_t = 256)]
     pub max_tokens: usize,
     /// 0 always takes the most likely token
-    #[arg(long, short, default_value_t = 0.0)]
+    #[arg(long, short, default_value_t = 0.0, value_parser = non_negative)]
     pub temperature: f64,
     /// Only the K most likely tokens; 0 for all
     #[arg(long, default_value_t = 40)]
     pub top_k: usize,
     /// Only the most likely tokens that together reach this probability
-    #[arg(long, default_value_t = 0.95)]
+    #[arg(long, default_value_t = 0.95, value_parser = non_negative)]
     pub top_p: f64,
     /// Only tokens at least this likely, relative to the most likely one
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.05, value_parser = non_negative)]
     pub min_p: f64,
     /// Makes repetitions less likely; 1 does nothing
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = positive)]
     pub repeat_penalty: f64,
     /// The same seed gives the same text
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
+}
+
+fn non_negative(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "expected a number".to_string())?;
+    if number.is_finite() && number >= 0.0 { Ok(number) } else { Err("expected a number from 0 up".into()) }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let number = non_negative(text)?;
+    if number > 0.0 { Ok(number) } else { Err("expected a number above 0".into()) }
 }
 
 impl Sampling {
@@ -83,7 +93,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     };
     let opened = model::open(&args.model)?;
     let ids = if args.raw {
-        opened.tokenizer.encode_sequence(&prompt)?
+        opened.ids(&prompt)?
     } else {
         let mut messages = Vec::new();
         messages.extend(args.system.as_deref().map(|system| Message::new("system", system)));
@@ -99,7 +109,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         return Err(UsageError::report(message, "use a shorter prompt"));
     }
 
-    let mut cache = opened.model.kv_cache((ids.len() + args.sampling.max_tokens).min(limit));
+    let mut cache = opened.model.kv_cache(ids.len().saturating_add(args.sampling.max_tokens).min(limit));
     let mut decoder = opened.tokenizer.stream();
     let mut out = std::io::stdout().lock();
     let mut write = |text: &str| match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

@@ -83,10 +83,11 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
 
-    // The run.
+    // The run. Its run.toml goes on with it, however this start was asked for.
+    let resume = std::mem::replace(&mut inputs.spec.checkpoint.resume, Resume::Auto);
     let spec = &inputs.spec;
     let folder = RunFolder::new(&spec.run.out);
-    let resume_from = resume_point(&spec.checkpoint.resume, &folder, &say)?;
+    let resume_from = resume_point(&resume, &folder, &say)?;
     let stop = stop_on_ctrl_c()?;
     let setup = Setup {
         spec,
@@ -102,11 +103,15 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let outcome = sft(&setup, &mut |event| progress.show(&event));
     progress.finish();
     let outcome = outcome?;
+    stop.store(true, Ordering::Relaxed); // nothing is left to save: from here on one Ctrl-C ends the program
     if let Some(svg) = crate::loss_plot::svg(&folder.read_metrics()?) {
         folder.write(&folder.loss_svg(), svg.as_bytes())?;
     }
     if outcome.finish == Finish::Interrupted {
-        say(format!("stopped   after step {}; the same command goes on from there", outcome.steps));
+        say(match outcome.steps {
+            0 => "stopped   before the first step; there is nothing to save yet".into(),
+            n => format!("stopped   after step {n}; go on with: tune train {}", folder.recipe().display()),
+        });
         return Ok(ExitCode::from(INTERRUPTED));
     }
     report_end(&folder, &gate, &say)?;
@@ -164,8 +169,11 @@ fn resume_point(
     say: &dyn Fn(String),
 ) -> miette::Result<Option<PathBuf>> {
     match resume {
-        Resume::Auto => Ok(checkpoint::newest(folder)),
-        Resume::Never => {
+        Resume::Auto if checkpoint::newest(folder).is_some() || !folder.is_finished() => {
+            Ok(checkpoint::newest(folder))
+        }
+        // Never, or a finished run whose checkpoints are gone.
+        Resume::Auto | Resume::Never => {
             if let Some(old) = folder.set_aside()? {
                 say(format!("kept      the earlier run as {}", old.display()));
             }

@@ -1,0 +1,163 @@
+//! The binary on a tiny model: train, interrupt, resume, generate, chat, eval. Real engines are in `e2e.rs`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::cargo::CommandCargoExt;
+use tempfile::TempDir;
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models/llama-tied")
+}
+
+/// A folder with a recipe over the tiny model and rows for it.
+fn workshop(steps: usize) -> TempDir {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let row = |n: usize| {
+        let messages = serde_json::json!([
+            {"role": "user", "content": format!("count from {n}")},
+            {"role": "assistant", "content": format!("{n} {} {}", n + 1, n + 2)},
+        ]);
+        serde_json::json!({ "messages": messages }).to_string() + "\n"
+    };
+    fs::write(folder.path().join("rows.jsonl"), (0..40).map(row).collect::<String>()).expect("rows");
+    let recipe = format!(
+        "version = 1\n[model]\nbase = {:?}\n[adapter]\ntype = \"lora\"\nr = 4\n[[data]]\npath = \"rows.jsonl\"\n\
+         [data_options]\nsequence_len = 256\n[train]\nmax_steps = {steps}\nmicro_batch_size = 1\n\
+         effective_batch_size = 1\nlearning_rate = 5e-3\n[samples]\nmax_tokens = 4\nprompts = [\"count from 7\"]\n",
+        model()
+    );
+    fs::write(folder.path().join("recipe.toml"), recipe).expect("recipe");
+    folder
+}
+
+fn tune(folder: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("tune").expect("the binary is built");
+    command.args(arguments).current_dir(folder).env("NO_COLOR", "1").stdin(Stdio::null());
+    command
+}
+
+fn run(folder: &Path, arguments: &[&str]) -> Output {
+    let output = tune(folder, arguments).output().expect("tune runs");
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "tune {arguments:?}: {complaint}");
+    output
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_saves_and_the_run_goes_on_from_its_run_toml() {
+    let workshop = workshop(100_000);
+    let folder = workshop.path();
+    let metrics = folder.join("run/metrics.jsonl");
+    let mut child = tune(folder, &["train", "recipe.toml", "--out", "run", "--quiet"])
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("tune starts");
+    let patience = Instant::now() + Duration::from_secs(120);
+    while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 3 {
+        assert!(Instant::now() < patience, "no step in two minutes");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let interrupt = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(interrupt.expect("kill runs").success());
+    assert_eq!(child.wait().expect("tune ends").code(), Some(130));
+    let taken = fs::read_to_string(&metrics).expect("metrics").lines().count();
+    assert!(folder.join(format!("run/checkpoints/step-{taken:06}/state.json")).is_file());
+
+    // Other settings are refused, and harm nothing.
+    let other = tune(folder, &["train", "run/run.toml", "--set", "train.learning_rate=1e-4"]).output();
+    assert_eq!(other.expect("tune runs").status.code(), Some(1));
+    let mut child = tune(folder, &["train", "run/run.toml", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("tune starts");
+    let first = {
+        use std::io::{BufRead, BufReader};
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let started: serde_json::Value =
+            serde_json::from_str(&lines.next().expect("a line").expect("text")).expect("JSON");
+        assert_eq!(started["resumed_from"], taken);
+        let step = lines.next().expect("a line").expect("text");
+        serde_json::from_str::<serde_json::Value>(&step).expect("JSON")
+    };
+    child.kill().expect("killed");
+    child.wait().expect("tune ends");
+    assert_eq!(first["step"], taken + 1);
+}
+
+#[test]
+fn a_trained_run_generates_chats_and_evaluates() {
+    let workshop = workshop(30);
+    let folder = workshop.path();
+    let printed = stdout(&run(folder, &["train", "recipe.toml", "--out", "run", "--quiet"]));
+    for word in ["prompt", "before", "after", "count from 7"] {
+        assert!(printed.contains(word), "no {word:?} in {printed:?}");
+    }
+    let loss = |model: &str| {
+        let output = stdout(&run(folder, &["eval", model, "rows.jsonl", "--json"]));
+        serde_json::from_str::<serde_json::Value>(&output).expect("JSON")["loss"].as_f64().expect("a number")
+    };
+    let (before, after) = (loss(&model().to_string_lossy()), loss("run"));
+    assert!(after < before - 0.5, "loss on the rows: {before} before, {after} after");
+
+    let generate = |seed| {
+        let arguments = ["generate", "run", "-p", "count from 3", "-n", "8", "-t", "1", "--seed", seed];
+        stdout(&run(folder, &arguments))
+    };
+    assert_eq!(generate("1"), generate("1"));
+    assert_ne!(generate("1"), generate("2"));
+
+    fs::write(folder.join("said.txt"), "count from 1\n/clear\ncount from 2\n").expect("written");
+    let said = fs::File::open(folder.join("said.txt")).expect("readable");
+    let chat = tune(folder, &["chat", "run", "-n", "6"]).stdin(said).output().expect("tune runs");
+    assert!(chat.status.success());
+    assert_eq!(stdout(&chat).lines().count(), 2, "one answer a line");
+}
+
+#[test]
+fn a_finished_run_is_kept_when_it_is_trained_afresh() {
+    let workshop = workshop(3);
+    let folder = workshop.path();
+    let adapter =
+        |run: &str| fs::read(folder.join(run).join("adapter/adapter_model.safetensors")).expect("adapter");
+    run(folder, &["train", "recipe.toml", "--out", "run", "--quiet"]);
+    let first = adapter("run");
+    let again =
+        ["train", "recipe.toml", "--out", "run", "--quiet", "--resume", "never", "--set", "train.seed=7"];
+    run(folder, &again);
+    assert!(adapter("run.old-1") == first && adapter("run") != first);
+
+    // Without checkpoints there is nothing to go on from, and still something to keep.
+    fs::remove_dir_all(folder.join("run/checkpoints")).expect("removed");
+    let second = adapter("run");
+    run(folder, &["train", "recipe.toml", "--out", "run", "--quiet"]);
+    assert!(adapter("run.old-2") == second);
+}
+
+#[test]
+fn going_on_from_an_earlier_checkpoint_makes_it_the_newest() {
+    let workshop = workshop(6);
+    let folder = workshop.path();
+    run(folder, &["train", "recipe.toml", "--out", "run", "--quiet", "--set", "checkpoint.save_steps=2"]);
+    let early = folder.join("early");
+    fs::rename(folder.join("run/checkpoints/step-000004"), &early).expect("moved");
+    let early = early.to_string_lossy();
+    let from_early = ["train", "recipe.toml", "--out", "run", "--quiet", "--resume", &early];
+    run(folder, &from_early);
+    let kept: Vec<_> = fs::read_dir(folder.join("run/checkpoints"))
+        .expect("checkpoints")
+        .map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned())
+        .collect();
+    assert!(
+        kept.contains(&"step-000006".to_string()) && kept.contains(&"step-000006.old".to_string()),
+        "{kept:?}"
+    );
+}
