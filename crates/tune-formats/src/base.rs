@@ -55,6 +55,13 @@ pub fn open(path: &Path) -> Result<BaseModel, FormatError> {
 }
 
 impl BaseModel {
+    /// Stored weights, counted one by one.
+    pub fn parameters(&self) -> u64 {
+        let elements =
+            |name: &String| self.weights.shape(name).map_or(0, |s| s.iter().product::<usize>()) as u64;
+        self.weights.names().iter().map(elements).sum()
+    }
+
     /// Identity of the weights, as 64 hexadecimal digits: SHA-256 over the name, type, shape and first 4 KiB of
     /// every tensor, in order of names.
     ///

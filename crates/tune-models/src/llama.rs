@@ -12,7 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use tune_adapters::{Lora, LoraConfig, Targets};
 use tune_formats::{ModelConfig, Weights};
 use tune_kernels::{FrozenWeight, RotaryTable, causal_attention, embedding, frozen_linear, rope, swiglu};
-use tune_quant::{Storage, StoredMatrix};
+use tune_quant::StoredMatrix;
 
 use crate::layers::rotary_frequencies;
 use crate::{Context, KvCache, Layout, Linear, ModelError, Quantization, RmsNorm};
@@ -365,7 +365,7 @@ impl Loader<'_> {
         let path = ModelConfig::linear_path(layer, name);
         let stored = self.matrix(&format!("{path}.weight"), d_out, d_in)?;
         let weight = match self.quantization {
-            Quantization::Nf4 if is_unquantised(&stored) => stored.to_nf4(),
+            Quantization::Nf4 if !stored.is_quantized() => stored.to_nf4(),
             _ => stored,
         };
         let bias_name = format!("{path}.bias");
@@ -399,11 +399,6 @@ impl Loader<'_> {
         }
         Ok(values)
     }
-}
-
-fn is_unquantised(stored: &StoredMatrix) -> bool {
-    use tune_quant::BlockType::{BF16, F16, F32};
-    matches!(stored.storage(), Storage::Blocks { block_type: F32 | F16 | BF16, .. })
 }
 
 /// Tells the adapters of a model apart, independently of which of them exist.

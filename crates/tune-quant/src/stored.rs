@@ -175,6 +175,14 @@ impl StoredMatrix {
         }
     }
 
+    /// Whether the values are stored in fewer than 16 bits.
+    pub fn is_quantized(&self) -> bool {
+        match &self.storage {
+            Storage::Blocks { block_type, .. } => block_type.is_quantized(),
+            Storage::Nf4(_) => true,
+        }
+    }
+
     /// The stored bytes of Hugging Face row `row`, for block storage.
     pub fn row_blocks(&self, row: usize) -> Option<(BlockType, &[u8])> {
         match &self.storage {

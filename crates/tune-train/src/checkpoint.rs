@@ -22,7 +22,7 @@ use tune_formats::peft::{self, Adapter};
 use crate::TrainError;
 use crate::error::io;
 use crate::optim::Moments;
-use crate::run_folder::{RunFolder, write_atomically};
+use crate::run_folder::{RunFolder, set_aside, write_atomically};
 
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -139,18 +139,6 @@ fn list(folder: &RunFolder) -> Vec<PathBuf> {
 /// The step of a checkpoint's folder; `None` for what is half written or set aside.
 fn number(path: &Path) -> Option<usize> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
-}
-
-/// Renames a folder to `NAME.old`, in place of an earlier one.
-fn set_aside(path: &Path) -> Result<(), TrainError> {
-    if !path.exists() {
-        return Ok(());
-    }
-    let old = path.with_extension("old");
-    if old.exists() {
-        fs::remove_dir_all(&old).map_err(io("remove", &old))?;
-    }
-    fs::rename(path, &old).map_err(io("rename", path))
 }
 
 fn write_moments(path: &Path, moments: &[(String, &Moments)]) -> Result<(), TrainError> {

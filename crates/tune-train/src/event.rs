@@ -16,7 +16,7 @@ pub enum Event {
         /// Parameters that are trained.
         trainable_parameters: usize,
         /// Parameters of the base.
-        base_parameters: usize,
+        base_parameters: u64,
     },
     /// An optimizer step was taken. Its line is in `metrics.jsonl`.
     Step(StepMetrics),

@@ -98,14 +98,7 @@ impl RunFolder {
 
     /// Moves the adapter of an earlier end of this run to `adapter.old`: it is not what a longer run is training.
     pub(crate) fn set_adapter_aside(&self) -> Result<(), TrainError> {
-        if !self.adapter().exists() {
-            return Ok(());
-        }
-        let old = self.root.join("adapter.old");
-        if old.exists() {
-            fs::remove_dir_all(&old).map_err(io("remove", &old))?;
-        }
-        fs::rename(self.adapter(), &old).map_err(io("rename", &self.adapter()))
+        set_aside(&self.adapter())
     }
 
     /// All lines of `metrics.jsonl`; none when there is no such file.
@@ -123,6 +116,18 @@ impl RunFolder {
         }
         Ok(metrics)
     }
+}
+
+/// Renames a folder to `NAME.old`, in place of an earlier one.
+pub(crate) fn set_aside(path: &Path) -> Result<(), TrainError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let old = path.with_extension("old");
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(io("remove", &old))?;
+    }
+    fs::rename(path, &old).map_err(io("rename", path))
 }
 
 /// Writes a file so that its name holds either the old or the new content, whatever happens in between.

@@ -71,11 +71,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     let device = Device::flex();
 
     // Load and adapt.
-    let quantization = match spec.model.quantization {
-        tune_recipe::Quantization::Nf4 => Quantization::Nf4,
-        tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
-    };
-    let mut model = tune_models::load(base, quantization, &device)?;
+    let mut model = tune_models::load(base, quantization(spec), &device)?;
     adapt(&mut model, spec, base)?;
 
     // Data.
@@ -111,7 +107,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         total_steps: steps.len(),
         resumed_from: state.step,
         trainable_parameters: parameters(&mut model).iter().map(|(_, p)| p.shape().num_elements()).sum(),
-        base_parameters: base_parameters(base),
+        base_parameters: base.parameters(),
     });
 
     // Loop.
@@ -179,6 +175,14 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         peft::write(&folder.adapter(), &adapter)?;
     }
     Ok(Outcome { finish, steps: state.step, model })
+}
+
+/// How a run holds its frozen weights.
+pub fn quantization(spec: &RunSpec) -> Quantization {
+    match spec.model.quantization {
+        tune_recipe::Quantization::Nf4 => Quantization::Nf4,
+        tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
+    }
 }
 
 /// Gradient of one optimizer step and what went into it.
@@ -321,11 +325,6 @@ fn differences(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>)
         .filter(|key| saved.get(*key) != now.get(*key))
         .map(|key| format!("{key}: {} in the checkpoint, {} now", value(saved, key), value(now, key)))
         .collect()
-}
-
-fn base_parameters(base: &BaseModel) -> usize {
-    let elements = |name: &String| base.weights.shape(name).map_or(0, |shape| shape.iter().product());
-    base.weights.names().iter().map(elements).sum()
 }
 
 fn adamw_config(spec: &RunSpec) -> AdamWConfig {

@@ -66,13 +66,10 @@ impl Inputs {
 
 /// What "auto" values of a recipe depend on.
 pub fn facts(base: &BaseModel) -> BaseFacts {
-    let elements = |name: &String| base.weights.shape(name).map_or(0, |s| s.iter().product::<usize>()) as u64;
-    let names = base.weights.names();
     let stored = base.weights.matrix(&format!("{}.weight", ModelConfig::linear_path(0, "q_proj")));
-    let sixteen_bit_or_wider = ["F32", "F16", "BF16"];
     BaseFacts {
-        parameters: names.iter().map(elements).sum(),
-        quantized: stored.is_ok_and(|matrix| !sixteen_bit_or_wider.contains(&matrix.type_name())),
+        parameters: base.parameters(),
+        quantized: stored.is_ok_and(|matrix| matrix.is_quantized()),
         num_hidden_layers: base.config.num_hidden_layers,
         max_position_embeddings: base.config.max_position_embeddings,
         linear_names: base.config.block_linears().iter().map(|(name, ..)| (*name).to_string()).collect(),

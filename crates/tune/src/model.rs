@@ -7,7 +7,7 @@ use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_formats::{BaseModel, peft};
 use tune_hub::ModelRef;
 use tune_models::{Llama, Quantization};
-use tune_train::RunFolder;
+use tune_train::{RunFolder, quantization};
 
 use crate::download;
 use crate::exit::UsageError;
@@ -56,14 +56,6 @@ pub fn check_ids<'a>(ids: impl IntoIterator<Item = &'a u32>, base: &BaseModel) -
             format!("the tokenizer of {} gives id {id}, and its embedding has {rows} rows", base.name),
             "tokenizer and weights are of different models: fetch the model again",
         )),
-    }
-}
-
-/// How a run holds its frozen weights.
-pub fn quantization(spec: &tune_recipe::RunSpec) -> Quantization {
-    match spec.model.quantization {
-        tune_recipe::Quantization::Nf4 => Quantization::Nf4,
-        tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
     }
 }
 
