@@ -4,6 +4,8 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+use half::bf16;
+
 use crate::nf4::Nf4Quantizer;
 use crate::{BlockType, Nf4};
 
@@ -205,6 +207,39 @@ impl StoredMatrix {
                 block_type.decode(&bytes[start..start + row_bytes], out);
             }
             Storage::Nf4(nf4) => nf4.decode(row * self.cols, out),
+        }
+    }
+
+    /// Values that are decoded together: ranges of columns begin and end at multiples of it.
+    pub fn block_len(&self) -> usize {
+        match &self.storage {
+            Storage::Blocks { block_type, .. } => block_type.block_len(),
+            Storage::Nf4(_) => crate::nf4::BLOCK,
+        }
+    }
+
+    /// Decodes the columns `cols` of Hugging Face row `row`, rounded to the nearest `bf16` (ties to even).
+    ///
+    /// `cols` begins and ends at multiples of [`block_len`](Self::block_len), or ends with the row; `out` holds as
+    /// many values.
+    pub fn decode_bf16(&self, row: usize, cols: Range<usize>, out: &mut [bf16]) {
+        debug_assert_eq!(out.len(), cols.len());
+        let mut values = [0.0; 256];
+        for start in cols.clone().step_by(256) {
+            let part = start..cols.end.min(start + 256);
+            let values = &mut values[..part.len()];
+            match &self.storage {
+                Storage::Blocks { block_type, bytes } => {
+                    let row_bytes = bytes.len() / self.rows;
+                    let row_start = self.row_order.stored_row(row) * row_bytes;
+                    let byte_of =
+                        |col: usize| row_start + col / block_type.block_len() * block_type.block_bytes();
+                    block_type.decode(&bytes[byte_of(part.start)..byte_of(part.end)], values);
+                }
+                Storage::Nf4(nf4) => nf4.decode(row * self.cols + part.start, values),
+            }
+            let out = &mut out[part.start - cols.start..];
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(*value));
         }
     }
 }
