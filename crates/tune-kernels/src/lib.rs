@@ -18,6 +18,7 @@ mod embedding;
 mod frozen;
 
 pub mod attention;
+pub mod bf16;
 pub mod frozen_linear;
 pub mod linear_cross_entropy;
 pub mod lora_linear;
