@@ -31,6 +31,16 @@ mod determinism;
 #[cfg(test)]
 mod testing;
 
+/// In what the factors of matrix products are multiplied. Sums are always `f32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// Everything in `f32`.
+    #[default]
+    F32,
+    /// Factors rounded to `bf16`.
+    Bf16,
+}
+
 pub use attention::{AttentionSpan, causal_attention};
 pub use embedding::embedding;
 pub use frozen::{FrozenVector, FrozenWeight};

@@ -11,10 +11,10 @@
 use burn::tensor::{Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
-use tune_kernels::linear_cross_entropy;
+use tune_kernels::{Arithmetic, linear_cross_entropy};
 use tune_models::{Block, Context, Layout, Llama};
 
-/// Rows of the hidden states that go through the head at once.
+/// Rows of the hidden states that go through the head at once in `f32`.
 const LOSS_CHUNK: usize = 128;
 
 /// Returns the loss, scaled, and the gradients of A and B of every adapter, in the order of
@@ -118,6 +118,11 @@ impl Trained {
     fn loss(self, model: &Llama, hidden: Tensor<2>, scale: f64) -> Tensor<1> {
         let positions = Tensor::<1, Int>::from_data(self.positions.as_slice(), &hidden.device());
         let trained = model.final_norm(hidden.select(0, positions)); // [trained, d_model]
-        linear_cross_entropy(trained, model.head(), self.targets.into(), scale as f32, LOSS_CHUNK)
+        let chunk = match model.arithmetic() {
+            Arithmetic::F32 => LOSS_CHUNK,
+            Arithmetic::Bf16 => 2 * LOSS_CHUNK, // the same bytes
+        };
+        let (scale, targets) = (scale as f32, self.targets.into());
+        linear_cross_entropy(trained, model.head(), targets, scale, chunk, model.arithmetic())
     }
 }
