@@ -181,6 +181,27 @@ impl sealed::Decoded for bf16 {
     }
 }
 
+/// The values of 16 consecutive codes.
+#[cfg(target_arch = "x86_64")]
+const fn count_from(start: f32) -> [f32; 16] {
+    let mut values = [start; 16];
+    let mut i = 1;
+    while i < 16 {
+        values[i] = values[i - 1] + 1.0;
+        i += 1;
+    }
+    values
+}
+
+#[cfg(target_arch = "x86_64")]
+const FROM_MINUS_16: [f32; 16] = count_from(-16.0);
+#[cfg(target_arch = "x86_64")]
+const FROM_MINUS_8: [f32; 16] = count_from(-8.0);
+#[cfg(target_arch = "x86_64")]
+const FROM_0: [f32; 16] = count_from(0.0);
+#[cfg(target_arch = "x86_64")]
+const FROM_16: [f32; 16] = count_from(16.0);
+
 /// The blocks of `bytes` with the values of each.
 #[cfg(target_arch = "x86_64")]
 #[inline]

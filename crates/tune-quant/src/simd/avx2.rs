@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Decoded, Out, blocks, iq4_xs_scales, part, q3_k_scales, scales_and_mins};
+use super::{Decoded, FROM_0, FROM_MINUS_8, Out, blocks, iq4_xs_scales, part, q3_k_scales, scales_and_mins};
 use crate::BlockType;
 use crate::codebook_quants::{E2M1_DOUBLED, NON_LINEAR, mxfp4_scale};
 use crate::nf4;
@@ -101,7 +101,7 @@ fn bf16<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let centred = count_from(-8.0);
+    let centred = levels(&FROM_MINUS_8);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
         look_up(scaled(centred, half(part(block, 0))), two_halves(part(block, 2)), T::out(out));
     }
@@ -109,7 +109,7 @@ fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let count = count_from(0.0);
+    let count = levels(&FROM_0);
     for (block, out) in blocks::<20, 32, T>(bytes, out) {
         let (d, m) = (half(part(block, 0)), half(part(block, 2)));
         let table = [_mm256_fmadd_ps(d, count[0], m), _mm256_fmadd_ps(d, count[1], m)];
@@ -187,7 +187,7 @@ fn q3_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn q4_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let count = count_from(0.0);
+    let count = levels(&FROM_0);
     for (block, out) in blocks::<144, 256, T>(bytes, out) {
         let scales = k_scales_and_mins(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
@@ -421,13 +421,6 @@ fn shift_left(bytes: __m256i, bits: usize) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn half(bits: &[u8; 2]) -> __m256 {
     _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes(*bits)))
-}
-
-/// `start`, `start + 1`, … `start + 15`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn count_from(start: f32) -> Table {
-    levels(&std::array::from_fn(|i| start + i as f32))
 }
 
 #[inline]

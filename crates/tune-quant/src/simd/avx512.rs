@@ -15,10 +15,24 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Decoded, Out, blocks, iq4_xs_scales, part, q3_k_scales, scales_and_mins};
+use super::{
+    Decoded, FROM_0, FROM_16, FROM_MINUS_8, FROM_MINUS_16, Out, blocks, iq4_xs_scales, part, q3_k_scales,
+    scales_and_mins,
+};
 use crate::BlockType;
 use crate::codebook_quants::{E2M1_DOUBLED, NON_LINEAR, mxfp4_scale};
 use crate::nf4;
+
+/// The upper words of 32 double words.
+const ODD: [u16; 32] = {
+    let mut odd = [1; 32];
+    let mut i = 1;
+    while i < 32 {
+        odd[i] = odd[i - 1] + 2;
+        i += 1;
+    }
+    odd
+};
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 pub(super) fn decode<T: Decoded>(block_type: BlockType, bytes: &[u8], out: &mut [T]) {
@@ -100,7 +114,7 @@ fn bf16<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let centred = count_from(-8.0);
+    let centred = levels(&FROM_MINUS_8);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
         let table = _mm512_mul_ps(half(part(block, 0)), centred);
         look_up(table, two_halves(part(block, 2)), T::out(out));
@@ -109,7 +123,7 @@ fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let codes = count_from(0.0);
+    let codes = levels(&FROM_0);
     for (block, out) in blocks::<20, 32, T>(bytes, out) {
         let table = _mm512_fmadd_ps(half(part(block, 0)), codes, half(part(block, 2)));
         look_up(table, two_halves(part(block, 4)), T::out(out));
@@ -118,7 +132,7 @@ fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q5_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let (low, high) = (count_from(-16.0), count_from(0.0));
+    let (low, high) = (levels(&FROM_MINUS_16), levels(&FROM_0));
     for (block, out) in blocks::<22, 32, T>(bytes, out) {
         let d = half(part(block, 0));
         let codes = with_fifth_bits(two_halves(part(block, 6)), part(block, 2));
@@ -128,7 +142,7 @@ fn q5_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q5_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let (low, high) = (count_from(0.0), count_from(16.0));
+    let (low, high) = (levels(&FROM_0), levels(&FROM_16));
     for (block, out) in blocks::<24, 32, T>(bytes, out) {
         let (d, m) = (half(part(block, 0)), half(part(block, 2)));
         let codes = with_fifth_bits(two_halves(part(block, 8)), part(block, 4));
@@ -181,7 +195,7 @@ fn q3_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q4_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let count = count_from(0.0);
+    let count = levels(&FROM_0);
     for (block, out) in blocks::<144, 256, T>(bytes, out) {
         let scales = k_scales_and_mins(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
@@ -194,7 +208,7 @@ fn q4_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let (low, high) = (count_from(0.0), count_from(16.0));
+    let (low, high) = (levels(&FROM_0), levels(&FROM_16));
     for (block, out) in blocks::<176, 256, T>(bytes, out) {
         let scales = k_scales_and_mins(part(block, 0));
         let fifth = load_32(part(block, 16));
@@ -352,8 +366,7 @@ fn round_any(first: __m512, second: __m512) -> __m512i {
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
         _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
     };
-    let upper_words: [u16; 32] = std::array::from_fn(|i| 2 * i as u16 + 1);
-    _mm512_permutex2var_epi16(round(first), load_words(&upper_words), round(second))
+    _mm512_permutex2var_epi16(round(first), load_words(&ODD), round(second))
 }
 
 /// Signed bytes as singles.
@@ -416,13 +429,6 @@ fn shift_left(bytes: __m256i, bits: usize) -> __m256i {
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn half(bits: &[u8; 2]) -> __m512 {
     _mm512_cvtph_ps(_mm256_set1_epi16(i16::from_le_bytes(*bits)))
-}
-
-/// `start`, `start + 1`, … `start + 15`.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn count_from(start: f32) -> __m512 {
-    levels(&std::array::from_fn(|i| start + i as f32))
 }
 
 #[inline]
