@@ -10,8 +10,10 @@ mod float;
 mod k_quants;
 mod legacy_quants;
 pub mod nf4;
+mod simd;
 mod stored;
 
 pub use block_type::BlockType;
 pub use nf4::Nf4;
+pub use simd::{Decoded, InstructionSet};
 pub use stored::{ByteView, RowOrder, Storage, StoredMatrix};
