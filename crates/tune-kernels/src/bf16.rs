@@ -14,4 +14,4 @@ mod tile;
 
 pub use attention_tmp::self_attention;
 pub use projection::{Input, Layer, project, reference as projection_reference};
-pub use tile::has_avx512_bf16;
+pub use tile::is_fast;

@@ -14,6 +14,7 @@ use tune_adapters::Dropout;
 use tune_data::{Batcher, MicroBatch};
 use tune_eval::{Evaluation, evaluate};
 use tune_formats::{BaseModel, peft};
+use tune_kernels::Arithmetic;
 use tune_models::{Llama, Quantization};
 use tune_recipe::RunSpec;
 
@@ -71,7 +72,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     let device = Device::flex();
 
     // Load and adapt.
-    let mut model = tune_models::load(base, quantization(spec), &device)?;
+    let mut model = tune_models::load(base, quantization(spec), &device)?.with_arithmetic(arithmetic(spec));
     adapt(&mut model, spec, base)?;
 
     // Data.
@@ -182,6 +183,14 @@ pub fn quantization(spec: &RunSpec) -> Quantization {
     match spec.model.quantization {
         tune_recipe::Quantization::Nf4 => Quantization::Nf4,
         tune_recipe::Quantization::Keep | tune_recipe::Quantization::None => Quantization::Keep,
+    }
+}
+
+/// In what a run multiplies.
+pub fn arithmetic(spec: &RunSpec) -> Arithmetic {
+    match spec.model.dtype {
+        tune_recipe::Dtype::F32 => Arithmetic::F32,
+        tune_recipe::Dtype::Bf16 => Arithmetic::Bf16,
     }
 }
 

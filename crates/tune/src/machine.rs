@@ -1,5 +1,7 @@
 //! What this machine offers.
 
+use tune_recipe::Dtype;
+
 /// Bytes that a run may use: nine tenths of what is available now, but not the last 1.5 GiB. `None` where the
 /// system does not tell.
 pub fn usable_memory() -> Option<u64> {
@@ -14,6 +16,11 @@ fn available_memory() -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// The type that this processor multiplies fastest.
+pub fn fastest_dtype() -> Dtype {
+    if tune_kernels::bf16::is_fast() { Dtype::Bf16 } else { Dtype::F32 }
 }
 
 /// Keeps freed buffers in the heap instead of returning them to the system after every operation: a step frees and
