@@ -24,6 +24,7 @@ pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
+mod seed_gradient;
 pub mod swiglu;
 
 #[cfg(test)]
@@ -49,4 +50,5 @@ pub use linear_cross_entropy::{linear_cross_entropy, token_losses};
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryTable, rope};
+pub use seed_gradient::seed_gradient;
 pub use swiglu::swiglu;

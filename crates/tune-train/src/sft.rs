@@ -218,8 +218,8 @@ fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> O
             return None;
         }
         let dropout = Some(Dropout { key: dropout_key(setup.spec.train.seed, number, index) });
-        let checkpointing = setup.spec.train.gradient_checkpointing;
-        let (loss, gradients) = loss_and_gradients(model, micro_batch, scale, checkpointing, dropout);
+        let kept_blocks = if setup.spec.train.gradient_checkpointing { 0 } else { usize::MAX };
+        let (loss, gradients) = loss_and_gradients(model, micro_batch, scale, kept_blocks, dropout);
         sum.loss += loss;
         if sum.gradients.is_empty() {
             sum.gradients = gradients;
