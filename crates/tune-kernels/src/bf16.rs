@@ -5,8 +5,10 @@
 //! What could be recomputed by one pass over memory is not saved. Each operation does what a block of a decoder
 //! needs in one pass, and its reference is the same in the plain operations of this crate.
 
+mod attention;
 mod convert;
 mod product;
 mod tile;
 
+pub use attention::self_attention;
 pub use tile::has_avx512_bf16;
