@@ -5,13 +5,13 @@
 //! What could be recomputed by one pass over memory is not saved. Each operation does what a block of a decoder
 //! needs in one pass, and its reference is the same in the plain operations of this crate.
 
-mod attention_tmp;
+mod attention;
 mod convert;
 pub(crate) mod cross_entropy;
 mod product;
 mod projection;
 mod tile;
 
-pub use attention_tmp::self_attention;
+pub use attention::self_attention;
 pub use projection::{Input, Layer, project, reference as projection_reference};
 pub use tile::is_fast;

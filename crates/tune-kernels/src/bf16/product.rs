@@ -241,7 +241,13 @@ fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspac
 }
 
 /// Packs rows `block`, columns `cols` of B into panels of `block.len() / 2` pairs each.
-fn pack(b: Factor, block: Range<usize>, cols: Range<usize>, decoded: &mut Vec<bf16>, panels: &mut [PanelRow]) {
+fn pack(
+    b: Factor,
+    block: Range<usize>,
+    cols: Range<usize>,
+    decoded: &mut Vec<bf16>,
+    panels: &mut [PanelRow],
+) {
     let pairs = block.len().div_ceil(2);
     match b {
         Factor::Transposed(Source::Halves { values, stride, .. }) if block.len().is_multiple_of(2) => {
@@ -335,7 +341,10 @@ mod tests {
                 };
                 let want: f64 = terms.iter().enumerate().map(of_term).sum();
                 let got = f64::from(got[row * cols + col]);
-                assert!((got - want).abs() < 1e-3 * want.abs().max(1.0), "[{row}, {col}]: {got}, want {want}");
+                assert!(
+                    (got - want).abs() < 1e-3 * want.abs().max(1.0),
+                    "[{row}, {col}]: {got}, want {want}"
+                );
             }
         }
     }
@@ -378,10 +387,8 @@ mod tests {
                 w.matrix().decode_bf16(row, 0..k, out);
             }
             let a = halves(5, 14 * k);
-            let forward = Term {
-                a: Operand::new(&a, 14, k, k),
-                b: Factor::Transposed(Source::Stored(w.matrix())),
-            };
+            let forward =
+                Term { a: Operand::new(&a, 14, k, k), b: Factor::Transposed(Source::Stored(w.matrix())) };
             assert_product(14, n, vec![forward], &|_, k_, j| rounded[j * k + k_].to_f64());
             let backward =
                 Term { a: Operand::new(&a, 14, n, n), b: Factor::Plain(Source::Stored(w.matrix())) };

@@ -23,6 +23,11 @@ pub(super) const HEIGHT: usize = 12;
 #[repr(C, align(64))]
 pub(super) struct PanelRow(pub [u32; WIDTH]);
 
+// SAFETY: plain integers without padding: 128 bytes, aligned to 64.
+unsafe impl bytemuck::Zeroable for PanelRow {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for PanelRow {}
+
 impl PanelRow {
     pub(super) const ZERO: Self = Self([0; WIDTH]);
 }
@@ -55,7 +60,13 @@ impl<'a> Sums<'a> {
 }
 
 /// `sums = rows · panel`, or `sums += rows · panel`, for `count` rows and the whole depth of the panel.
-pub(super) fn multiply(count: usize, rows: PairedRows, panel: &[PanelRow], sums: &mut Sums, accumulate: bool) {
+pub(super) fn multiply(
+    count: usize,
+    rows: PairedRows,
+    panel: &[PanelRow],
+    sums: &mut Sums,
+    accumulate: bool,
+) {
     assert!(count == 0 || (count - 1) * rows.stride + 2 * panel.len() <= rows.values.len(), "rows of A");
     assert!(count == 0 || (count - 1) * sums.stride + WIDTH <= sums.values.len(), "rows of sums");
     #[cfg(target_arch = "x86_64")]
@@ -155,9 +166,9 @@ pub(super) fn pack_columns(columns: &[bf16], count: usize, stride: usize, panel:
 mod avx512 {
     use std::arch::x86_64::{
         __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
-        _mm512_shuffle_i32x4, _mm512_store_si512, _mm512_storeu_ps, _mm512_unpackhi_epi32,
-        _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64, _mm512_maskz_loadu_epi32,
+        _mm512_loadu_si512, _mm512_maskz_loadu_epi32, _mm512_set1_epi32, _mm512_setzero_ps,
+        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_store_si512, _mm512_storeu_ps,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
     use std::mem::transmute;
 
@@ -304,7 +315,14 @@ mod tests {
         uniform(seed, len).into_iter().map(bf16::from_f32).collect()
     }
 
-    fn product(count: usize, a: &[bf16], stride: usize, b: &[bf16], columns: usize, depth: usize) -> Vec<f32> {
+    fn product(
+        count: usize,
+        a: &[bf16],
+        stride: usize,
+        b: &[bf16],
+        columns: usize,
+        depth: usize,
+    ) -> Vec<f32> {
         let sum = |i: usize, j: usize| {
             (0..depth).map(|k| a[i * stride + k].to_f64() * b[j * depth + k].to_f64()).sum::<f64>() as f32
         };
@@ -319,7 +337,9 @@ mod tests {
 
     #[test]
     fn products_of_every_height_and_ragged_panels() {
-        for (count, depth, columns) in [(1, 2, 32), (5, 34, 32), (12, 64, 31), (13, 66, 7), (25, 30, 32), (3, 2, 1)] {
+        for (count, depth, columns) in
+            [(1, 2, 32), (5, 34, 32), (12, 64, 31), (13, 66, 7), (25, 30, 32), (3, 2, 1)]
+        {
             let stride = depth + 2;
             let (a, b) = (matrix(1, count * stride), matrix(2, columns * depth));
             let mut panel = vec![PanelRow([u32::MAX; WIDTH]); depth / 2];
