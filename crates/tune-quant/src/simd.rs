@@ -171,6 +171,9 @@ impl sealed::Decoded for bf16 {
             out.iter_mut().zip(bits).for_each(|(out, bits)| *out = Self::from_le_bytes(*bits));
             return;
         }
+        if out.is_empty() {
+            return;
+        }
         let part_bytes = LEN / block_type.block_len() * block_type.block_bytes();
         let mut values = [0.0; LEN];
         for (bytes, out) in bytes.chunks(part_bytes).zip(out.chunks_mut(LEN)) {
@@ -253,8 +256,16 @@ fn q3_k_scales(packed: &[u8; 12]) -> [u8; 16] {
 /// The eight scales of IQ4_XS, 32 too large, from their upper and lower bits.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-fn iq4_xs_scales(upper: u16, lower: [u8; 4]) -> [u8; 8] {
-    std::array::from_fn(|k| lower[k / 2] >> (4 * (k % 2)) & 15 | ((upper >> (2 * k) & 3) << 4) as u8)
+fn iq4_xs_scales(upper: u16, lower: u32) -> [u8; 8] {
+    // halve the fields of a register and move the upper half of each, until there is one to a byte
+    let (mut upper, mut lower) = (u64::from(upper), u64::from(lower));
+    lower = (lower | lower << 16) & 0x0000_FFFF_0000_FFFF;
+    lower = (lower | lower << 8) & 0x00FF_00FF_00FF_00FF;
+    lower = (lower | lower << 4) & 0x0F0F_0F0F_0F0F_0F0F;
+    upper = (upper | upper << 24) & 0x0000_00FF_0000_00FF;
+    upper = (upper | upper << 12) & 0x000F_000F_000F_000F;
+    upper = (upper | upper << 6) & 0x0303_0303_0303_0303;
+    (lower | upper << 4).to_le_bytes()
 }
 
 #[cfg(target_arch = "x86_64")]

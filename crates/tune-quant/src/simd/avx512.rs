@@ -11,6 +11,7 @@
 //! smallest half, so none is subnormal; the other types (F32, MXFP4, NF4) are rounded by [`round_any`].
 #![allow(unsafe_code)] // loads and stores, each through a reference to an array of the size they touch
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::bf16;
@@ -23,6 +24,35 @@ use crate::BlockType;
 use crate::codebook_quants::{E2M1_DOUBLED, NON_LINEAR, mxfp4_scale};
 use crate::nf4;
 
+/// The scales of a block, or its scales and minima. They go through memory: the compiler would rather keep them in a
+/// register and shuffle, and shuffles are what limits these functions.
+#[repr(align(64))]
+struct Scales([f32; 16]);
+
+impl Scales {
+    #[inline]
+    #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+    fn of(values: __m512) -> Self {
+        let mut scales = Self([0.0; 16]);
+        // SAFETY: the array is of 64 bytes.
+        unsafe { _mm512_storeu_ps(scales.0.as_mut_ptr(), values) };
+        scales
+    }
+
+    /// Scale `k` in all 16 lanes.
+    #[inline]
+    #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+    fn broadcast(&self, k: usize) -> __m512 {
+        let lanes;
+        // SAFETY: reads the four bytes of the reference.
+        unsafe {
+            asm!("vbroadcastss {}, dword ptr [{}]", out(zmm_reg) lanes, in(reg) &raw const self.0[k],
+                options(pure, readonly, nostack, preserves_flags));
+        }
+        lanes
+    }
+}
+
 /// The upper words of 32 double words.
 const ODD: [u16; 32] = {
     let mut odd = [1; 32];
@@ -33,6 +63,29 @@ const ODD: [u16; 32] = {
     }
     odd
 };
+
+/// 0, 16, 1, 17, … 15, 31
+const INTERLEAVE: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    places
+};
+
+/// The integers from `start` on as `bf16`, starting again after `COUNT` of them.
+const fn repeated_levels<const COUNT: usize>(start: i8) -> [u16; 32] {
+    let mut levels = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        // exact: no integer has more than eight bits
+        levels[i] = (((start as i32 + (i % COUNT) as i32) as f32).to_bits() >> 16) as u16;
+        i += 1;
+    }
+    levels
+}
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 pub(super) fn decode<T: Decoded>(block_type: BlockType, bytes: &[u8], out: &mut [T]) {
@@ -67,9 +120,10 @@ pub(super) fn nf4<T: Decoded>(
     let nibbles = _mm256_set1_epi64x(i64::from_le_bytes([4, 0, 12, 8, 20, 16, 28, 24]));
     for ((packed, scale), out) in packed.iter().zip(scales).zip(out) {
         let table = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+        let rounded = round_any(table, table);
         for (half, out) in packed.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
             let spread = _mm256_cvtepu32_epi64(load_16(half));
-            look_up_any(table, _mm256_multishift_epi64_epi8(nibbles, spread), T::out(out));
+            look_up(table, rounded, _mm256_multishift_epi64_epi8(nibbles, spread), T::out(out));
         }
     }
 }
@@ -117,7 +171,7 @@ fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let centred = levels(&FROM_MINUS_8);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
         let table = _mm512_mul_ps(half(part(block, 0)), centred);
-        look_up(table, two_halves(part(block, 2)), T::out(out));
+        look_up(table, round_normal(table, table), two_halves(part(block, 2)), T::out(out));
     }
 }
 
@@ -126,7 +180,7 @@ fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let codes = levels(&FROM_0);
     for (block, out) in blocks::<20, 32, T>(bytes, out) {
         let table = _mm512_fmadd_ps(half(part(block, 0)), codes, half(part(block, 2)));
-        look_up(table, two_halves(part(block, 4)), T::out(out));
+        look_up(table, round_normal(table, table), two_halves(part(block, 4)), T::out(out));
     }
 }
 
@@ -161,16 +215,17 @@ fn q8_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q2_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let levels = load_words(const { &repeated_levels::<4>(0) });
     for (block, out) in blocks::<84, 256, T>(bytes, out) {
         let packed = load_16(part(block, 0));
         let nibbles =
             |bytes| _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
-        let scales = array(_mm512_mul_ps(half(part(block, 80)), nibbles(packed)));
-        let mins = array(_mm512_mul_ps(half(part(block, 82)), nibbles(_mm_srli_epi16::<4>(packed))));
+        let scales = Scales::of(_mm512_mul_ps(half(part(block, 80)), nibbles(packed)));
+        let mins = Scales::of(_mm512_mul_ps(half(part(block, 82)), nibbles(_mm_srli_epi16::<4>(packed))));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let fields = shift_right(load_32(part(block, 16 + 32 * (k / 4))), 2 * (k % 4));
-            let (first, second) = singles(_mm256_and_si256(fields, _mm256_set1_epi8(3)));
-            let affine = |q, k: usize| _mm512_fmsub_ps(_mm512_set1_ps(scales[k]), q, _mm512_set1_ps(mins[k]));
+            let (first, second) = look_up_codes(&[levels], fields);
+            let affine = |q, k: usize| _mm512_fmsub_ps(scales.broadcast(k), q, mins.broadcast(k));
             put(affine(first, 2 * k), affine(second, 2 * k + 1), T::out(out));
         }
     }
@@ -178,17 +233,16 @@ fn q2_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q3_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let levels = load_words(const { &repeated_levels::<8>(-4) });
     for (block, out) in blocks::<110, 256, T>(bytes, out) {
         let packed = q3_k_scales(part(block, 96));
         let centred = _mm512_cvtepi8_epi32(_mm_sub_epi8(load_16(&packed), _mm_set1_epi8(32)));
-        let scales = array(_mm512_mul_ps(half(part(block, 108)), _mm512_cvtepi32_ps(centred)));
+        let scales = Scales::of(_mm512_mul_ps(half(part(block, 108)), _mm512_cvtepi32_ps(centred)));
         let high = load_32(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let low = shift_right(load_32(part(block, 32 + 32 * (k / 4))), 2 * (k % 4));
-            let low = _mm256_and_si256(low, _mm256_set1_epi8(3));
-            let clear = _mm256_testn_epi8_mask(high, _mm256_set1_epi8((1u8 << k) as i8));
-            let codes = _mm256_mask_sub_epi8(low, clear, low, _mm256_set1_epi8(4));
-            put_scaled(codes, &scales, k, T::out(out));
+            let high = if k < 2 { shift_left(high, 2 - k) } else { shift_right(high, k - 2) };
+            put_scaled(look_up_codes(&[levels], select(3, low, high)), &scales, k, T::out(out));
         }
     }
 }
@@ -200,8 +254,9 @@ fn q4_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
         let scales = k_scales_and_mins(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let nibbles = shift_right(load_32(part(block, 16 + 32 * (k / 2))), 4 * (k % 2));
-            let (scale, min) = (_mm512_set1_ps(scales[k]), _mm512_set1_ps(scales[8 + k]));
-            look_up(_mm512_fmsub_ps(scale, count, min), nibbles, T::out(out));
+            let (scale, min) = (scales.broadcast(k), scales.broadcast(8 + k));
+            let table = _mm512_fmsub_ps(scale, count, min);
+            look_up(table, round_normal(table, table), nibbles, T::out(out));
         }
     }
 }
@@ -214,10 +269,9 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
         let fifth = load_32(part(block, 16));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let nibbles = shift_right(load_32(part(block, 48 + 32 * (k / 2))), 4 * (k % 2));
-            let nibbles = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
             let fifth = if k < 4 { shift_left(fifth, 4 - k) } else { shift_right(fifth, k - 4) };
-            let codes = or_masked(nibbles, fifth, 16);
-            let (scale, min) = (_mm512_set1_ps(scales[k]), _mm512_set1_ps(scales[8 + k]));
+            let codes = select(15, nibbles, fifth);
+            let (scale, min) = (scales.broadcast(k), scales.broadcast(8 + k));
             let (low, high) = (_mm512_fmsub_ps(scale, low, min), _mm512_fmsub_ps(scale, high, min));
             look_up_32(low, high, codes, T::out(out));
         }
@@ -226,17 +280,17 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let levels =
+        [load_words(const { &repeated_levels::<32>(-32) }), load_words(const { &repeated_levels::<32>(0) })];
     for (block, out) in blocks::<210, 256, T>(bytes, out) {
         let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(part(block, 192))));
-        let scales = array(_mm512_mul_ps(half(part(block, 208)), scales));
+        let scales = Scales::of(_mm512_mul_ps(half(part(block, 208)), scales));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let (c, t) = (k / 4, k % 4);
             let low = shift_right(load_32(part(block, 64 * c + 32 * (t % 2))), 4 * (t / 2));
-            let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
             let upper = load_32(part(block, 128 + 32 * c));
             let upper = if t < 2 { shift_left(upper, 4 - 2 * t) } else { shift_right(upper, 2 * t - 4) };
-            let codes = _mm256_sub_epi8(or_masked(low, upper, 0x30), _mm256_set1_epi8(32));
-            put_scaled(codes, &scales, k, T::out(out));
+            put_scaled(look_up_codes(&levels, select(15, low, upper)), &scales, k, T::out(out));
         }
     }
 }
@@ -246,7 +300,7 @@ fn iq4_nl<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&NON_LINEAR);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
         let table = _mm512_mul_ps(half(part(block, 0)), levels);
-        look_up(table, two_halves(part(block, 2)), T::out(out));
+        look_up(table, round_normal(table, table), two_halves(part(block, 2)), T::out(out));
     }
 }
 
@@ -254,13 +308,13 @@ fn iq4_nl<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn iq4_xs<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&NON_LINEAR);
     for (block, out) in blocks::<136, 256, T>(bytes, out) {
-        let packed = iq4_xs_scales(u16::from_le_bytes(*part(block, 2)), *part(block, 4));
+        let packed = iq4_xs_scales(u16::from_le_bytes(*part(block, 2)), u32::from_le_bytes(*part(block, 4)));
         let centred = _mm_sub_epi8(_mm_set1_epi64x(i64::from_le_bytes(packed)), _mm_set1_epi8(32));
         let centred = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centred));
-        let scales = array(_mm512_mul_ps(half(part(block, 0)), centred));
+        let scales = Scales::of(_mm512_mul_ps(half(part(block, 0)), centred));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let table = _mm512_mul_ps(_mm512_set1_ps(scales[k]), levels);
-            look_up(table, two_halves(part(block, 8 + 16 * k)), T::out(out));
+            let table = _mm512_mul_ps(scales.broadcast(k), levels);
+            look_up(table, round_normal(table, table), two_halves(part(block, 8 + 16 * k)), T::out(out));
         }
     }
 }
@@ -270,28 +324,23 @@ fn mxfp4<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&E2M1_DOUBLED);
     for (block, out) in blocks::<17, 32, T>(bytes, out) {
         let table = _mm512_mul_ps(_mm512_set1_ps(mxfp4_scale(block[0])), levels);
-        look_up_any(table, two_halves(part(block, 1)), T::out(out));
+        // exact in bf16: powers of two, and three halves of them
+        look_up(table, upper_words(table, table), two_halves(part(block, 1)), T::out(out));
     }
 }
 
-/// `out[i] = table[codes[i] % 16]`; no entry is a subnormal single.
+/// `out[i] = table[codes[i] % 16]`; `rounded` holds the table twice, so that the fifth bit of a code does not matter.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up(table: __m512, codes: __m256i, out: Out<'_>) {
+fn look_up(table: __m512, rounded: __m512i, codes: __m256i, out: Out<'_>) {
     match out {
-        Out::F32(out) => look_up_singles(table, codes, out),
-        // twice the same 16 entries: the fifth bit of a code does not matter
-        Out::Bf16(out) => look_up_words(words(_mm512_cvtne2ps_pbh(table, table)), codes, out),
-    }
-}
-
-/// [`look_up`] for tables with any entries.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_any(table: __m512, codes: __m256i, out: Out<'_>) {
-    match out {
-        Out::F32(out) => look_up_singles(table, codes, out),
-        Out::Bf16(out) => look_up_words(round_any(table, table), codes, out),
+        Out::F32(out) => {
+            let (first, second) = halves(codes);
+            let first = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(first), table);
+            let second = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(second), table);
+            store_singles(first, second, out);
+        }
+        Out::Bf16(out) => store_words(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), rounded), out),
     }
 }
 
@@ -306,32 +355,35 @@ fn look_up_32(low: __m512, high: __m512, codes: __m256i, out: Out<'_>) {
             let second = _mm512_permutex2var_ps(low, _mm512_cvtepu8_epi32(second), high);
             store_singles(first, second, out);
         }
-        Out::Bf16(out) => look_up_words(words(_mm512_cvtne2ps_pbh(high, low)), codes, out),
+        Out::Bf16(out) => {
+            let table = round_normal(low, high);
+            store_words(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out);
+        }
     }
 }
 
+/// Codes as singles: entry `codes[i] % 32` of one table of `bf16`, or entry `codes[i] % 64` of two. It takes fewer
+/// instructions than the conversion of integers.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_singles(table: __m512, codes: __m256i, out: &mut [f32; 32]) {
-    let (first, second) = halves(codes);
-    let first = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(first), table);
-    let second = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(second), table);
-    store_singles(first, second, out);
+fn look_up_codes<const N: usize>(levels: &[__m512i; N], codes: __m256i) -> (__m512, __m512) {
+    // code i to the lower word of lane i, code 16 + i to its upper word
+    let index = _mm512_permutexvar_epi8(load_words(&INTERLEAVE), _mm512_castsi256_si512(codes));
+    let words = match levels[..] {
+        [levels] => _mm512_permutexvar_epi16(index, levels),
+        [low, high] => _mm512_permutex2var_epi16(low, index, high),
+        _ => unreachable!(),
+    };
+    let second = _mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000));
+    (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)), _mm512_castsi512_ps(second))
 }
 
+/// Writes 16 values times `scales[2 * k]`, and 16 times `scales[2 * k + 1]`.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_words(table: __m512i, codes: __m256i, out: &mut [bf16; 32]) {
-    store_words(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out);
-}
-
-/// Writes signed codes times `scales[2 * k]` for the first 16, `scales[2 * k + 1]` for the others.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn put_scaled(codes: __m256i, scales: &[f32; 16], k: usize, out: Out<'_>) {
-    let (first, second) = singles(codes);
-    let first = _mm512_mul_ps(_mm512_set1_ps(scales[2 * k]), first);
-    let second = _mm512_mul_ps(_mm512_set1_ps(scales[2 * k + 1]), second);
+fn put_scaled((first, second): (__m512, __m512), scales: &Scales, k: usize, out: Out<'_>) {
+    let first = _mm512_mul_ps(scales.broadcast(2 * k), first);
+    let second = _mm512_mul_ps(scales.broadcast(2 * k + 1), second);
     put(first, second, out);
 }
 
@@ -341,7 +393,7 @@ fn put_scaled(codes: __m256i, scales: &[f32; 16], k: usize, out: Out<'_>) {
 fn put(first: __m512, second: __m512, out: Out<'_>) {
     match out {
         Out::F32(out) => store_singles(first, second, out),
-        Out::Bf16(out) => store_words(words(_mm512_cvtne2ps_pbh(second, first)), out),
+        Out::Bf16(out) => store_words(round_normal(first, second), out),
     }
 }
 
@@ -355,6 +407,14 @@ fn put_any(first: __m512, second: __m512, out: Out<'_>) {
     }
 }
 
+/// 32 singles, none of them subnormal, rounded to `bf16`.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+fn round_normal(first: __m512, second: __m512) -> __m512i {
+    // SAFETY: both types are 64 bytes of plain bits.
+    unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(second, first)) }
+}
+
 /// Any 32 singles rounded to `bf16`, as [`f32_to_bf16`](crate::float::f32_to_bf16) does.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
@@ -366,7 +426,16 @@ fn round_any(first: __m512, second: __m512) -> __m512i {
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
         _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
     };
-    _mm512_permutex2var_epi16(round(first), load_words(&ODD), round(second))
+    let rounded = |values| _mm512_castsi512_ps(round(values));
+    upper_words(rounded(first), rounded(second))
+}
+
+/// 32 singles cut to `bf16`.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+fn upper_words(first: __m512, second: __m512) -> __m512i {
+    let (first, second) = (_mm512_castps_si512(first), _mm512_castps_si512(second));
+    _mm512_permutex2var_epi16(first, load_words(&ODD), second)
 }
 
 /// Signed bytes as singles.
@@ -381,10 +450,10 @@ fn singles(bytes: __m256i) -> (__m512, __m512) {
 /// `d`·scale of the eight sub-blocks of Q4_K and Q5_K, then `dmin`·minimum.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn k_scales_and_mins(header: &[u8; 16]) -> [f32; 16] {
+fn k_scales_and_mins(header: &[u8; 16]) -> Scales {
     let factors = _mm512_mask_blend_ps(0xFF00, half(part(header, 0)), half(part(header, 2)));
     let packed = load_16(&scales_and_mins(part(header, 4)));
-    array(_mm512_mul_ps(factors, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed))))
+    Scales::of(_mm512_mul_ps(factors, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed))))
 }
 
 /// 32 codes: the low nibbles of `bytes`, then the high ones. Bits above the fourth are not cleared.
@@ -403,11 +472,11 @@ fn with_fifth_bits(codes: __m256i, fifth: &[u8; 4]) -> __m256i {
     _mm256_mask_add_epi8(codes, u32::from_le_bytes(*fifth), codes, _mm256_set1_epi8(16))
 }
 
-/// `bytes | other & mask` in every byte.
+/// In every byte, the bits of `low` where `mask` has ones, those of `high` elsewhere.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn or_masked(bytes: __m256i, other: __m256i, mask: i8) -> __m256i {
-    _mm256_ternarylogic_epi64::<0xF8>(bytes, other, _mm256_set1_epi8(mask))
+fn select(mask: i8, low: __m256i, high: __m256i) -> __m256i {
+    _mm256_ternarylogic_epi64::<0xCA>(_mm256_set1_epi8(mask), low, high)
 }
 
 /// Shifts every byte by less than its width; bits of the neighbours come in, for the caller to mask.
@@ -439,25 +508,9 @@ fn halves(bytes: __m256i) -> (__m128i, __m128i) {
 
 #[inline]
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn words(values: __m512bh) -> __m512i {
-    // SAFETY: both types are 64 bytes of plain bits.
-    unsafe { std::mem::transmute(values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn levels(values: &[f32; 16]) -> __m512 {
     // SAFETY: the reference is to 64 bytes.
     unsafe { _mm512_loadu_ps(values.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn array(values: __m512) -> [f32; 16] {
-    let mut array = [0.0; 16];
-    // SAFETY: the array is of 64 bytes.
-    unsafe { _mm512_storeu_ps(array.as_mut_ptr(), values) };
-    array
 }
 
 #[inline]
