@@ -64,28 +64,10 @@ const ODD: [u16; 32] = {
     odd
 };
 
-/// 0, 16, 1, 17, … 15, 31
-const INTERLEAVE: [u16; 32] = {
-    let mut places = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        places[i] = (i / 2 + i % 2 * 16) as u16;
-        i += 1;
-    }
-    places
-};
-
-/// The integers from `start` on as `bf16`, starting again after `COUNT` of them.
-const fn repeated_levels<const COUNT: usize>(start: i8) -> [u16; 32] {
-    let mut levels = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        // exact: no integer has more than eight bits
-        levels[i] = (((start as i32 + (i % COUNT) as i32) as f32).to_bits() >> 16) as u16;
-        i += 1;
-    }
-    levels
-}
+/// The levels of Q2_K, once for each of four sub-blocks.
+const COUNT_TO_4: [f32; 16] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
+/// The levels of Q3_K, once for each of two sub-blocks.
+const CENTRED_TWICE: [f32; 16] = [-4., -3., -2., -1., 0., 1., 2., 3., -4., -3., -2., -1., 0., 1., 2., 3.];
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 pub(super) fn decode<T: Decoded>(block_type: BlockType, bytes: &[u8], out: &mut [T]) {
@@ -215,34 +197,53 @@ fn q8_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q2_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let levels = load_words(const { &repeated_levels::<4>(0) });
+    let count = levels(&COUNT_TO_4);
     for (block, out) in blocks::<84, 256, T>(bytes, out) {
         let packed = load_16(part(block, 0));
-        let nibbles =
-            |bytes| _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
-        let scales = Scales::of(_mm512_mul_ps(half(part(block, 80)), nibbles(packed)));
-        let mins = Scales::of(_mm512_mul_ps(half(part(block, 82)), nibbles(_mm_srli_epi16::<4>(packed))));
-        for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let fields = shift_right(load_32(part(block, 16 + 32 * (k / 4))), 2 * (k % 4));
-            let (first, second) = look_up_codes(&[levels], fields);
-            let affine = |q, k: usize| _mm512_fmsub_ps(scales.broadcast(k), q, mins.broadcast(k));
-            put(affine(first, 2 * k), affine(second, 2 * k + 1), T::out(out));
+        let nibbles = |bytes| {
+            let nibbles = _mm_and_si128(bytes, _mm_set1_epi8(15));
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(nibbles))
+        };
+        let scales = _mm512_mul_ps(half(part(block, 80)), nibbles(packed));
+        let mins = _mm512_mul_ps(half(part(block, 82)), nibbles(_mm_srli_epi16::<4>(packed)));
+        for (c, out) in out.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+            // the four levels of eight sub-blocks
+            let table = |first| {
+                let index = sub_blocks::<4>(first);
+                let (scales, mins) =
+                    (_mm512_permutexvar_ps(index, scales), _mm512_permutexvar_ps(index, mins));
+                _mm512_fmsub_ps(scales, count, mins)
+            };
+            let (low, high) = (table(8 * c), table(8 * c + 4));
+            let fields = load_32(part(block, 16 + 32 * c));
+            for (t, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                let codes = select(3, shift_right(fields, 2 * t), in_halves(8 * t, 8 * t + 4));
+                look_up_32(low, high, codes, T::out(out));
+            }
         }
     }
 }
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q3_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let levels = load_words(const { &repeated_levels::<8>(-4) });
+    let centred = levels(&CENTRED_TWICE);
     for (block, out) in blocks::<110, 256, T>(bytes, out) {
         let packed = q3_k_scales(part(block, 96));
-        let centred = _mm512_cvtepi8_epi32(_mm_sub_epi8(load_16(&packed), _mm_set1_epi8(32)));
-        let scales = Scales::of(_mm512_mul_ps(half(part(block, 108)), _mm512_cvtepi32_ps(centred)));
-        let high = load_32(part(block, 0));
-        for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let low = shift_right(load_32(part(block, 32 + 32 * (k / 4))), 2 * (k % 4));
-            let high = if k < 2 { shift_left(high, 2 - k) } else { shift_right(high, k - 2) };
-            put_scaled(look_up_codes(&[levels], select(3, low, high)), &scales, k, T::out(out));
+        let scales = _mm512_cvtepi8_epi32(_mm_sub_epi8(load_16(&packed), _mm_set1_epi8(32)));
+        let scales = _mm512_mul_ps(half(part(block, 108)), _mm512_cvtepi32_ps(scales));
+        let high_bits = load_32(part(block, 0));
+        for (k, out) in out.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+            // the eight levels of four sub-blocks
+            let table = |first| _mm512_mul_ps(_mm512_permutexvar_ps(sub_blocks::<8>(first), scales), centred);
+            let (low, high) = (table(4 * k), table(4 * k + 2));
+            for (h, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                let b = 2 * k + h;
+                let low_bits = shift_right(load_32(part(block, 32 + 32 * (b / 4))), 2 * (b % 4));
+                let high_bits =
+                    if b < 2 { shift_left(high_bits, 2 - b) } else { shift_right(high_bits, b - 2) };
+                let codes = select(7, select(3, low_bits, high_bits), in_halves(16 * h, 16 * h + 8));
+                look_up_32(low, high, codes, T::out(out));
+            }
         }
     }
 }
@@ -280,8 +281,6 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
-    let levels =
-        [load_words(const { &repeated_levels::<32>(-32) }), load_words(const { &repeated_levels::<32>(0) })];
     for (block, out) in blocks::<210, 256, T>(bytes, out) {
         let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(part(block, 192))));
         let scales = Scales::of(_mm512_mul_ps(half(part(block, 208)), scales));
@@ -290,7 +289,11 @@ fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
             let low = shift_right(load_32(part(block, 64 * c + 32 * (t % 2))), 4 * (t / 2));
             let upper = load_32(part(block, 128 + 32 * c));
             let upper = if t < 2 { shift_left(upper, 4 - 2 * t) } else { shift_right(upper, 2 * t - 4) };
-            put_scaled(look_up_codes(&levels, select(15, low, upper)), &scales, k, T::out(out));
+            let codes = _mm256_and_si256(select(15, low, upper), _mm256_set1_epi8(63));
+            let (first, second) = singles(_mm256_sub_epi8(codes, _mm256_set1_epi8(32)));
+            let first = _mm512_mul_ps(scales.broadcast(2 * k), first);
+            let second = _mm512_mul_ps(scales.broadcast(2 * k + 1), second);
+            put(first, second, T::out(out));
         }
     }
 }
@@ -360,31 +363,6 @@ fn look_up_32(low: __m512, high: __m512, codes: __m256i, out: Out<'_>) {
             store_words(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out);
         }
     }
-}
-
-/// Codes as singles: entry `codes[i] % 32` of one table of `bf16`, or entry `codes[i] % 64` of two. It takes fewer
-/// instructions than the conversion of integers.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_codes<const N: usize>(levels: &[__m512i; N], codes: __m256i) -> (__m512, __m512) {
-    // code i to the lower word of lane i, code 16 + i to its upper word
-    let index = _mm512_permutexvar_epi8(load_words(&INTERLEAVE), _mm512_castsi256_si512(codes));
-    let words = match levels[..] {
-        [levels] => _mm512_permutexvar_epi16(index, levels),
-        [low, high] => _mm512_permutex2var_epi16(low, index, high),
-        _ => unreachable!(),
-    };
-    let second = _mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000));
-    (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)), _mm512_castsi512_ps(second))
-}
-
-/// Writes 16 values times `scales[2 * k]`, and 16 times `scales[2 * k + 1]`.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn put_scaled((first, second): (__m512, __m512), scales: &Scales, k: usize, out: Out<'_>) {
-    let first = _mm512_mul_ps(scales.broadcast(2 * k), first);
-    let second = _mm512_mul_ps(scales.broadcast(2 * k + 1), second);
-    put(first, second, out);
 }
 
 /// Writes 32 values of which none is a subnormal single.
@@ -470,6 +448,23 @@ fn two_halves(bytes: &[u8; 16]) -> __m256i {
 fn with_fifth_bits(codes: __m256i, fifth: &[u8; 4]) -> __m256i {
     let codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
     _mm256_mask_add_epi8(codes, u32::from_le_bytes(*fifth), codes, _mm256_set1_epi8(16))
+}
+
+/// For each of 16 lanes the sub-block whose scale it takes: `LEVELS` lanes each, from sub-block `first` on.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+fn sub_blocks<const LEVELS: usize>(first: usize) -> __m512i {
+    let mut lanes = [0i32; 16];
+    lanes.iter_mut().enumerate().for_each(|(i, lane)| *lane = (first + i / LEVELS) as i32);
+    // SAFETY: the array is of 64 bytes.
+    unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) }
+}
+
+/// 16 bytes of `first`, then 16 of `second`.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+fn in_halves(first: usize, second: usize) -> __m256i {
+    _mm256_set_m128i(_mm_set1_epi8(second as i8), _mm_set1_epi8(first as i8))
 }
 
 /// In every byte, the bits of `low` where `mask` has ones, those of `high` elsewhere.
