@@ -24,8 +24,8 @@ use crate::BlockType;
 use crate::codebook_quants::{E2M1_DOUBLED, NON_LINEAR, mxfp4_scale};
 use crate::nf4;
 
-/// The scales of a block, or its scales and minima. They go through memory: the compiler would rather keep them in a
-/// register and shuffle, and shuffles are what limits these functions.
+/// The scales of a block, or its scales and minima, in memory, where an instruction broadcasts its operand for nothing.
+/// The compiler would rather keep them in a register and shuffle, and shuffles are what limits these functions.
 #[repr(align(64))]
 struct Scales([f32; 16]);
 
@@ -39,17 +39,31 @@ impl Scales {
         scales
     }
 
-    /// Scale `k` in all 16 lanes.
+    /// Scale `k` times `values`.
     #[inline]
     #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-    fn broadcast(&self, k: usize) -> __m512 {
-        let lanes;
+    fn times(&self, k: usize, values: __m512) -> __m512 {
+        let product;
         // SAFETY: reads the four bytes of the reference.
         unsafe {
-            asm!("vbroadcastss {}, dword ptr [{}]", out(zmm_reg) lanes, in(reg) &raw const self.0[k],
-                options(pure, readonly, nostack, preserves_flags));
+            asm!("vmulps {}, {}, dword ptr [{}]{{1to16}}", out(zmm_reg) product, in(zmm_reg) values,
+                in(reg) &raw const self.0[k], options(pure, readonly, nostack, preserves_flags));
         }
-        lanes
+        product
+    }
+
+    /// Scale `k` times `values`, less minimum `k`.
+    #[inline]
+    #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+    fn times_less_min(&self, k: usize, values: __m512) -> __m512 {
+        let difference;
+        // SAFETY: reads the four bytes of each reference.
+        unsafe {
+            asm!("vbroadcastss {0}, dword ptr [{1}]", "vfmsub213ps {0}, {2}, dword ptr [{3}]{{1to16}}",
+                out(zmm_reg) difference, in(reg) &raw const self.0[k], in(zmm_reg) values,
+                in(reg) &raw const self.0[8 + k], options(pure, readonly, nostack, preserves_flags));
+        }
+        difference
     }
 }
 
@@ -63,6 +77,28 @@ const ODD: [u16; 32] = {
     }
     odd
 };
+
+/// 0, 16, 1, 17, … 15, 31
+const INTERLEAVE: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    places
+};
+
+/// `start`, `start + 1`, … `start + 31` as `bf16`; all are small enough to be exact.
+const fn words_from(start: i32) -> [u16; 32] {
+    let mut words = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        words[i] = (((start + i as i32) as f32).to_bits() >> 16) as u16;
+        i += 1;
+    }
+    words
+}
 
 /// The levels of Q2_K, once for each of four sub-blocks.
 const COUNT_TO_4: [f32; 16] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
@@ -255,8 +291,7 @@ fn q4_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
         let scales = k_scales_and_mins(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let nibbles = shift_right(load_32(part(block, 16 + 32 * (k / 2))), 4 * (k % 2));
-            let (scale, min) = (scales.broadcast(k), scales.broadcast(8 + k));
-            let table = _mm512_fmsub_ps(scale, count, min);
+            let table = scales.times_less_min(k, count);
             look_up(table, round_normal(table, table), nibbles, T::out(out));
         }
     }
@@ -272,8 +307,7 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
             let nibbles = shift_right(load_32(part(block, 48 + 32 * (k / 2))), 4 * (k % 2));
             let fifth = if k < 4 { shift_left(fifth, 4 - k) } else { shift_right(fifth, k - 4) };
             let codes = select(15, nibbles, fifth);
-            let (scale, min) = (scales.broadcast(k), scales.broadcast(8 + k));
-            let (low, high) = (_mm512_fmsub_ps(scale, low, min), _mm512_fmsub_ps(scale, high, min));
+            let (low, high) = (scales.times_less_min(k, low), scales.times_less_min(k, high));
             look_up_32(low, high, codes, T::out(out));
         }
     }
@@ -281,6 +315,7 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let levels = [load_words(const { &words_from(-32) }), load_words(const { &words_from(0) })];
     for (block, out) in blocks::<210, 256, T>(bytes, out) {
         let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(part(block, 192))));
         let scales = Scales::of(_mm512_mul_ps(half(part(block, 208)), scales));
@@ -289,10 +324,8 @@ fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
             let low = shift_right(load_32(part(block, 64 * c + 32 * (t % 2))), 4 * (t / 2));
             let upper = load_32(part(block, 128 + 32 * c));
             let upper = if t < 2 { shift_left(upper, 4 - 2 * t) } else { shift_right(upper, 2 * t - 4) };
-            let codes = _mm256_and_si256(select(15, low, upper), _mm256_set1_epi8(63));
-            let (first, second) = singles(_mm256_sub_epi8(codes, _mm256_set1_epi8(32)));
-            let first = _mm512_mul_ps(scales.broadcast(2 * k), first);
-            let second = _mm512_mul_ps(scales.broadcast(2 * k + 1), second);
+            let (first, second) = look_up_64(levels, select(15, low, upper));
+            let (first, second) = (scales.times(2 * k, first), scales.times(2 * k + 1, second));
             put(first, second, T::out(out));
         }
     }
@@ -316,7 +349,7 @@ fn iq4_xs<T: Decoded>(bytes: &[u8], out: &mut [T]) {
         let centred = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centred));
         let scales = Scales::of(_mm512_mul_ps(half(part(block, 0)), centred));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let table = _mm512_mul_ps(scales.broadcast(k), levels);
+            let table = scales.times(k, levels);
             look_up(table, round_normal(table, table), two_halves(part(block, 8 + 16 * k)), T::out(out));
         }
     }
@@ -363,6 +396,18 @@ fn look_up_32(low: __m512, high: __m512, codes: __m256i, out: Out<'_>) {
             store_words(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out);
         }
     }
+}
+
+/// `levels[codes[i] % 64]` as singles, of levels that are exact in `bf16`. It takes fewer instructions than to convert
+/// integers.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
+fn look_up_64([low, high]: [__m512i; 2], codes: __m256i) -> (__m512, __m512) {
+    // code i to the lower word of lane i, code 16 + i to its upper word
+    let index = _mm512_permutexvar_epi8(load_words(&INTERLEAVE), _mm512_castsi256_si512(codes));
+    let words = _mm512_permutex2var_epi16(low, index, high);
+    let second = _mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000));
+    (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)), _mm512_castsi512_ps(second))
 }
 
 /// Writes 32 values of which none is a subnormal single.
