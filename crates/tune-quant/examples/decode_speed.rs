@@ -46,7 +46,7 @@ fn matrices() -> impl Iterator<Item = StoredMatrix> {
 
 fn nanoseconds_per_weight<T: Decoded>(matrix: &StoredMatrix, instructions: InstructionSet, zero: T) -> f64 {
     // on a cache line, as stores that cross one take longer
-    let mut out = vec![zero; TILE + 32];
+    let mut out = [zero; TILE + 32];
     let aligned = out.as_ptr().align_offset(64);
     let out = &mut out[aligned..aligned + TILE];
     let run = |out: &mut [T]| {
