@@ -133,8 +133,9 @@ impl BlockType {
 
     /// Bytes of a row of `cols` values, or `None` when it is not a whole number of blocks or does not fit `usize`.
     pub const fn row_bytes(self, cols: usize) -> Option<usize> {
-        if cols.is_multiple_of(self.block_len()) {
-            (cols / self.block_len()).checked_mul(self.block_bytes())
+        // a division by a length not known when compiling takes as long as a block; all lengths are powers of two
+        if cols & (self.block_len() - 1) == 0 {
+            (cols >> self.block_len().trailing_zeros()).checked_mul(self.block_bytes())
         } else {
             None
         }

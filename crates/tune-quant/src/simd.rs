@@ -7,6 +7,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::sync::LazyLock;
 
@@ -45,7 +47,7 @@ impl InstructionSet {
         #[cfg(target_arch = "x86_64")]
         let extensions = [(Level::Avx512, has_avx512()), (Level::Avx2, has_avx2())];
         #[cfg(not(target_arch = "x86_64"))]
-        let extensions = [];
+        let extensions: [(Level, bool); 0] = [];
         let extensions = extensions.into_iter().filter(|(_, has)| *has).map(|(level, _)| Self(level));
         extensions.chain([Self::PORTABLE])
     }
@@ -171,6 +173,9 @@ impl sealed::Decoded for bf16 {
             out.iter_mut().zip(bits).for_each(|(out, bits)| *out = Self::from_le_bytes(*bits));
             return;
         }
+        if out.is_empty() {
+            return;
+        }
         let part_bytes = LEN / block_type.block_len() * block_type.block_bytes();
         let mut values = [0.0; LEN];
         for (bytes, out) in bytes.chunks(part_bytes).zip(out.chunks_mut(LEN)) {
@@ -179,88 +184,4 @@ impl sealed::Decoded for bf16 {
             out.iter_mut().zip(values).for_each(|(out, value)| *out = Self::from_f32(*value));
         }
     }
-}
-
-/// The values of 16 consecutive codes.
-#[cfg(target_arch = "x86_64")]
-const fn count_from(start: f32) -> [f32; 16] {
-    let mut values = [start; 16];
-    let mut i = 1;
-    while i < 16 {
-        values[i] = values[i - 1] + 1.0;
-        i += 1;
-    }
-    values
-}
-
-#[cfg(target_arch = "x86_64")]
-const FROM_MINUS_16: [f32; 16] = count_from(-16.0);
-#[cfg(target_arch = "x86_64")]
-const FROM_MINUS_8: [f32; 16] = count_from(-8.0);
-#[cfg(target_arch = "x86_64")]
-const FROM_0: [f32; 16] = count_from(0.0);
-#[cfg(target_arch = "x86_64")]
-const FROM_16: [f32; 16] = count_from(16.0);
-
-/// The blocks of `bytes` with the values of each.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn blocks<'a, const BYTES: usize, const LEN: usize, T>(
-    bytes: &'a [u8],
-    out: &'a mut [T],
-) -> impl Iterator<Item = (&'a [u8; BYTES], &'a mut [T; LEN])> {
-    bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0)
-}
-
-/// `N` bytes of a block from `start` on.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn part<const N: usize>(block: &[u8], start: usize) -> &[u8; N] {
-    block[start..].first_chunk().expect("a part lies inside its block")
-}
-
-/// The scales and then the minima of the eight sub-blocks of Q4_K and Q5_K, from their packed form.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn scales_and_mins(packed: &[u8; 12]) -> [u8; 16] {
-    let word = |at| u32::from_le_bytes(*part(packed, at));
-    let (first, second, third) = (word(0), word(4), word(8));
-    let upper = |word: u32| word >> 2 & 0x3030_3030;
-    let words = [
-        first & 0x3F3F_3F3F,
-        third & 0x0F0F_0F0F | upper(first),
-        second & 0x3F3F_3F3F,
-        third >> 4 & 0x0F0F_0F0F | upper(second),
-    ];
-    bytes_of(words)
-}
-
-/// The 16 scales of Q3_K, 32 too large, from their packed form.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn q3_k_scales(packed: &[u8; 12]) -> [u8; 16] {
-    let word = |at| u32::from_le_bytes(*part(packed, at));
-    let (first, second, upper) = (word(0), word(4), word(8));
-    let words = [
-        first & 0x0F0F_0F0F | upper << 4 & 0x3030_3030,
-        second & 0x0F0F_0F0F | upper << 2 & 0x3030_3030,
-        first >> 4 & 0x0F0F_0F0F | upper & 0x3030_3030,
-        second >> 4 & 0x0F0F_0F0F | upper >> 2 & 0x3030_3030,
-    ];
-    bytes_of(words)
-}
-
-/// The eight scales of IQ4_XS, 32 too large, from their upper and lower bits.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn iq4_xs_scales(upper: u16, lower: [u8; 4]) -> [u8; 8] {
-    std::array::from_fn(|k| lower[k / 2] >> (4 * (k % 2)) & 15 | ((upper >> (2 * k) & 3) << 4) as u8)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn bytes_of(words: [u32; 4]) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes.as_chunks_mut().0.iter_mut().zip(words).for_each(|(bytes, word)| *bytes = word.to_le_bytes());
-    bytes
 }

@@ -231,14 +231,11 @@ impl StoredMatrix {
     ) {
         match &self.storage {
             Storage::Blocks { block_type, bytes } => {
-                let stored_row = self.row_order.stored_row(row);
-                // block lengths are powers of two, and a division takes as long as a block
-                let shift = block_type.block_len().trailing_zeros();
-                let byte_of = |value: usize| (value >> shift) * block_type.block_bytes();
-                let (row_start, row_end) = (stored_row * self.cols, (stored_row + 1) * self.cols);
-                let (start, end) = (row_start + cols.start, row_start + cols.end);
-                assert!(end <= row_end, "columns {cols:?} of {}", self.cols);
-                block_type.decode_with(instructions, &bytes[byte_of(start)..byte_of(end)], out);
+                assert!(cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+                let row_start = self.row_order.stored_row(row) * self.cols;
+                let byte_of =
+                    |col| block_type.row_bytes(row_start + col).expect("columns begin and end with a block");
+                block_type.decode_with(instructions, &bytes[byte_of(cols.start)..byte_of(cols.end)], out);
             }
             Storage::Nf4(nf4) => nf4.decode_with(instructions, row * self.cols + cols.start, out),
         }

@@ -19,7 +19,7 @@ fn random_blocks_of_every_type() {
 }
 
 #[test]
-fn every_half_as_value_and_as_scale() {
+fn halves_as_values_and_as_scales() {
     let halves: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
     check(BlockType::F16, &halves);
     check(BlockType::BF16, &halves);
@@ -40,10 +40,12 @@ fn every_half_as_value_and_as_scale() {
     ] {
         for &at in at {
             let mut block = take(&mut random, block_type.block_bytes());
+            // of the types with long blocks, every 13th
+            let step = if block_type.block_len() > 32 { 13 } else { 1 };
             let blocks: Vec<u8> = (0..=u16::MAX)
+                .step_by(step)
                 .flat_map(|half| {
                     block[at..at + 2].copy_from_slice(&half.to_le_bytes());
-                    // the sign of every zero, and no minimum or scale that hides the other's smallest values
                     block.clone()
                 })
                 .collect();
@@ -123,7 +125,9 @@ fn check_ranges(matrix: &StoredMatrix) {
         matrix.decode_with(InstructionSet::PORTABLE, row, 0..cols, &mut want);
         let mut whole = vec![f32::NAN; cols];
         matrix.decode_row(row, &mut whole);
-        assert_eq!(bits_f32(&whole), bits_f32(&want), "{} row {row}", matrix.type_name());
+        for col in 0..cols {
+            assert!(same(whole[col], want[col]), "{} row {row} column {col}", matrix.type_name());
+        }
         for range in ranges.clone() {
             let mut got = vec![bf16::NAN; range.len()];
             matrix.decode_bf16(row, range.clone(), &mut got);

@@ -5,11 +5,13 @@
 //! fused multiply-add rounds as the reference does is said there, too.
 #![allow(unsafe_code)] // loads and stores, each through a reference to an array of the size they touch
 
+#[allow(clippy::wildcard_imports)] // some sixty intrinsics
 use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Decoded, FROM_0, FROM_MINUS_8, Out, blocks, iq4_xs_scales, part, q3_k_scales, scales_and_mins};
+use super::x86::{FROM_0, FROM_MINUS_8, blocks, iq4_xs_scales, part, q3_k_scales, scales_and_mins};
+use super::{Decoded, Out};
 use crate::BlockType;
 use crate::codebook_quants::{E2M1_DOUBLED, NON_LINEAR, mxfp4_scale};
 use crate::nf4;
@@ -103,7 +105,7 @@ fn bf16<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let centred = levels(&FROM_MINUS_8);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
-        look_up(scaled(centred, half(part(block, 0))), two_halves(part(block, 2)), T::out(out));
+        look_up(scaled(centred, half(*part(block, 0))), two_halves(part(block, 2)), T::out(out));
     }
 }
 
@@ -111,7 +113,7 @@ fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let count = levels(&FROM_0);
     for (block, out) in blocks::<20, 32, T>(bytes, out) {
-        let (d, m) = (half(part(block, 0)), half(part(block, 2)));
+        let (d, m) = (half(*part(block, 0)), half(*part(block, 2)));
         let table = [_mm256_fmadd_ps(d, count[0], m), _mm256_fmadd_ps(d, count[1], m)];
         look_up(table, two_halves(part(block, 4)), T::out(out));
     }
@@ -120,8 +122,8 @@ fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn q5_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<22, 32, T>(bytes, out) {
-        let d = half(part(block, 0));
-        let codes = with_fifth_bits(two_halves(part(block, 6)), part(block, 2));
+        let d = half(*part(block, 0));
+        let codes = with_fifth_bits(two_halves(part(block, 6)), *part(block, 2));
         let centred = _mm256_sub_epi8(codes, _mm256_set1_epi8(16));
         put(singles(centred).map(|q| _mm256_mul_ps(d, q)), T::out(out));
     }
@@ -130,8 +132,8 @@ fn q5_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn q5_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<24, 32, T>(bytes, out) {
-        let (d, m) = (half(part(block, 0)), half(part(block, 2)));
-        let codes = with_fifth_bits(two_halves(part(block, 8)), part(block, 4));
+        let (d, m) = (half(*part(block, 0)), half(*part(block, 2)));
+        let codes = with_fifth_bits(two_halves(part(block, 8)), *part(block, 4));
         put(singles(codes).map(|q| _mm256_fmadd_ps(d, q, m)), T::out(out));
     }
 }
@@ -139,7 +141,7 @@ fn q5_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn q8_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<34, 32, T>(bytes, out) {
-        let d = half(part(block, 0));
+        let d = half(*part(block, 0));
         put(singles(load_32(part(block, 2))).map(|q| _mm256_mul_ps(d, q)), T::out(out));
     }
 }
@@ -149,8 +151,8 @@ fn q2_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<84, 256, T>(bytes, out) {
         let packed = load_16(part(block, 0));
         let nibbles = |bytes| table_of_bytes(_mm_and_si128(bytes, _mm_set1_epi8(15)));
-        let scales = array(scaled(nibbles(packed), half(part(block, 80))));
-        let mins = array(scaled(nibbles(_mm_srli_epi16::<4>(packed)), half(part(block, 82))));
+        let scales = array(scaled(nibbles(packed), half(*part(block, 80))));
+        let mins = array(scaled(nibbles(_mm_srli_epi16::<4>(packed)), half(*part(block, 82))));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let fields = shift_right(load_32(part(block, 16 + 32 * (k / 4))), 2 * (k % 4));
             let codes = singles(_mm256_and_si256(fields, _mm256_set1_epi8(3)));
@@ -172,7 +174,7 @@ fn q3_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<110, 256, T>(bytes, out) {
         let packed = load_16(&q3_k_scales(part(block, 96)));
         let centred = table_of_bytes(_mm_sub_epi8(packed, _mm_set1_epi8(32)));
-        let scales = array(scaled(centred, half(part(block, 108))));
+        let scales = array(scaled(centred, half(*part(block, 108))));
         let high = load_32(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let low = shift_right(load_32(part(block, 32 + 32 * (k / 4))), 2 * (k % 4));
@@ -219,7 +221,7 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<210, 256, T>(bytes, out) {
         let scales = table_of_bytes(load_16(part(block, 192)));
-        let scales = array(scaled(scales, half(part(block, 208))));
+        let scales = array(scaled(scales, half(*part(block, 208))));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let (c, t) = (k / 4, k % 4);
             let low = shift_right(load_32(part(block, 64 * c + 32 * (t % 2))), 4 * (t / 2));
@@ -236,7 +238,7 @@ fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn iq4_nl<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&NON_LINEAR);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
-        look_up(scaled(levels, half(part(block, 0))), two_halves(part(block, 2)), T::out(out));
+        look_up(scaled(levels, half(*part(block, 0))), two_halves(part(block, 2)), T::out(out));
     }
 }
 
@@ -244,10 +246,10 @@ fn iq4_nl<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn iq4_xs<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&NON_LINEAR);
     for (block, out) in blocks::<136, 256, T>(bytes, out) {
-        let packed = iq4_xs_scales(u16::from_le_bytes(*part(block, 2)), *part(block, 4));
+        let packed = iq4_xs_scales(u16::from_le_bytes(*part(block, 2)), u32::from_le_bytes(*part(block, 4)));
         let packed = _mm_set1_epi64x(i64::from_le_bytes(packed));
         let centred = table_of_bytes(_mm_sub_epi8(packed, _mm_set1_epi8(32)));
-        let scales = array(scaled(centred, half(part(block, 0))));
+        let scales = array(scaled(centred, half(*part(block, 0))));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let table = scaled(levels, _mm256_set1_ps(scales[k]));
             look_up(table, two_halves(part(block, 8 + 16 * k)), T::out(out));
@@ -370,7 +372,7 @@ fn scaled(table: Table, scale: __m256) -> Table {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn k_scales_and_mins(header: &[u8; 16]) -> [f32; 16] {
     let [scales, mins] = table_of_bytes(load_16(&scales_and_mins(part(header, 4))));
-    let (d, dmin) = (half(part(header, 0)), half(part(header, 2)));
+    let (d, dmin) = (half(*part(header, 0)), half(*part(header, 2)));
     array([_mm256_mul_ps(d, scales), _mm256_mul_ps(dmin, mins)])
 }
 
@@ -385,11 +387,11 @@ fn two_halves(bytes: &[u8; 16]) -> __m256i {
 /// The low nibbles of `codes`, with bit `i` of `fifth` on top of code `i`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn with_fifth_bits(codes: __m256i, fifth: &[u8; 4]) -> __m256i {
+fn with_fifth_bits(codes: __m256i, fifth: [u8; 4]) -> __m256i {
     let codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
     let byte_of = |i| i64::from(i) * 0x0101_0101_0101_0101;
     let byte_of = _mm256_set_epi64x(byte_of(3), byte_of(2), byte_of(1), byte_of(0));
-    let fifth = _mm256_shuffle_epi8(_mm256_set1_epi32(i32::from_le_bytes(*fifth)), byte_of);
+    let fifth = _mm256_shuffle_epi8(_mm256_set1_epi32(i32::from_le_bytes(fifth)), byte_of);
     let bit = _mm256_set1_epi64x(i64::from_le_bytes(std::array::from_fn(|i| 1 << i)));
     let set = _mm256_cmpeq_epi8(_mm256_and_si256(fifth, bit), bit);
     or_masked(codes, set, 16)
@@ -419,8 +421,8 @@ fn shift_left(bytes: __m256i, bits: usize) -> __m256i {
 /// A half in all eight lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn half(bits: &[u8; 2]) -> __m256 {
-    _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes(*bits)))
+fn half(bits: [u8; 2]) -> __m256 {
+    _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes(bits)))
 }
 
 #[inline]

@@ -2,37 +2,33 @@
 //!
 //! A block of 4- or 5-bit codes has at most 32 different values. They are computed once per scale and rounded to
 //! `bf16` together; each weight is then one of the 32 words of a register, which `vpermw` looks up 32 at a time.
-//! Types of more levels are computed value by value.
+//! The levels of several sub-blocks of Q2_K and Q3_K share a register; types of more levels are computed value by
+//! value.
 //!
 //! Fused multiply-add rounds as the product and the sum of the reference do, because the products are exact: 11
 //! bits of a half, at most 6 of a scale and 5 of a code.
 //!
 //! `vcvtne2ps2bf16` takes subnormal singles for zero. The values that go through it are multiples of 2⁻²⁴, the
-//! smallest half, so none is subnormal; the other types (F32, MXFP4, NF4) are rounded by [`round_any`].
-#![allow(unsafe_code)] // loads and stores, each through a reference to an array of the size they touch
+//! smallest half, so none is subnormal. F32 and NF4 are rounded by [`round_any`], and MXFP4 needs no rounding.
 
+mod registers;
+
+#[allow(clippy::wildcard_imports)] // some forty intrinsics
 use std::arch::x86_64::*;
 
-use half::bf16;
+#[allow(clippy::wildcard_imports)] // all there is
+use registers::*;
 
-use super::{
-    Decoded, FROM_0, FROM_16, FROM_MINUS_8, FROM_MINUS_16, Out, blocks, iq4_xs_scales, part, q3_k_scales,
-    scales_and_mins,
-};
+use super::x86::{FROM_0, FROM_16, FROM_MINUS_8, FROM_MINUS_16, blocks, iq4_xs_scales, part, q3_k_scales};
+use super::{Decoded, Out};
 use crate::BlockType;
 use crate::codebook_quants::{E2M1_DOUBLED, NON_LINEAR, mxfp4_scale};
 use crate::nf4;
 
-/// The upper words of 32 double words.
-const ODD: [u16; 32] = {
-    let mut odd = [1; 32];
-    let mut i = 1;
-    while i < 32 {
-        odd[i] = odd[i - 1] + 2;
-        i += 1;
-    }
-    odd
-};
+/// The levels of Q2_K, once for each of four sub-blocks.
+const COUNT_TO_4: [f32; 16] = [0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3., 0., 1., 2., 3.];
+/// The levels of Q3_K, once for each of two sub-blocks.
+const CENTRED_TWICE: [f32; 16] = [-4., -3., -2., -1., 0., 1., 2., 3., -4., -3., -2., -1., 0., 1., 2., 3.];
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 pub(super) fn decode<T: Decoded>(block_type: BlockType, bytes: &[u8], out: &mut [T]) {
@@ -67,9 +63,10 @@ pub(super) fn nf4<T: Decoded>(
     let nibbles = _mm256_set1_epi64x(i64::from_le_bytes([4, 0, 12, 8, 20, 16, 28, 24]));
     for ((packed, scale), out) in packed.iter().zip(scales).zip(out) {
         let table = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+        let rounded = round_any(table, table);
         for (half, out) in packed.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
             let spread = _mm256_cvtepu32_epi64(load_16(half));
-            look_up_any(table, _mm256_multishift_epi64_epi8(nibbles, spread), T::out(out));
+            look_up(table, rounded, _mm256_multishift_epi64_epi8(nibbles, spread), T::out(out));
         }
     }
 }
@@ -116,8 +113,8 @@ fn bf16<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let centred = levels(&FROM_MINUS_8);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
-        let table = _mm512_mul_ps(half(part(block, 0)), centred);
-        look_up(table, two_halves(part(block, 2)), T::out(out));
+        let table = _mm512_mul_ps(half(*part(block, 0)), centred);
+        look_up(table, round_normal(table, table), two_halves(part(block, 2)), T::out(out));
     }
 }
 
@@ -125,8 +122,8 @@ fn q4_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let codes = levels(&FROM_0);
     for (block, out) in blocks::<20, 32, T>(bytes, out) {
-        let table = _mm512_fmadd_ps(half(part(block, 0)), codes, half(part(block, 2)));
-        look_up(table, two_halves(part(block, 4)), T::out(out));
+        let table = _mm512_fmadd_ps(half(*part(block, 0)), codes, half(*part(block, 2)));
+        look_up(table, round_normal(table, table), two_halves(part(block, 4)), T::out(out));
     }
 }
 
@@ -134,8 +131,8 @@ fn q4_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q5_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let (low, high) = (levels(&FROM_MINUS_16), levels(&FROM_0));
     for (block, out) in blocks::<22, 32, T>(bytes, out) {
-        let d = half(part(block, 0));
-        let codes = with_fifth_bits(two_halves(part(block, 6)), part(block, 2));
+        let d = half(*part(block, 0));
+        let codes = with_fifth_bits(two_halves(part(block, 6)), *part(block, 2));
         look_up_32(_mm512_mul_ps(d, low), _mm512_mul_ps(d, high), codes, T::out(out));
     }
 }
@@ -144,8 +141,8 @@ fn q5_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn q5_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let (low, high) = (levels(&FROM_0), levels(&FROM_16));
     for (block, out) in blocks::<24, 32, T>(bytes, out) {
-        let (d, m) = (half(part(block, 0)), half(part(block, 2)));
-        let codes = with_fifth_bits(two_halves(part(block, 8)), part(block, 4));
+        let (d, m) = (half(*part(block, 0)), half(*part(block, 2)));
+        let codes = with_fifth_bits(two_halves(part(block, 8)), *part(block, 4));
         look_up_32(_mm512_fmadd_ps(d, low, m), _mm512_fmadd_ps(d, high, m), codes, T::out(out));
     }
 }
@@ -153,7 +150,7 @@ fn q5_1<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q8_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     for (block, out) in blocks::<34, 32, T>(bytes, out) {
-        let d = half(part(block, 0));
+        let d = half(*part(block, 0));
         let (first, second) = singles(load_32(part(block, 2)));
         put(_mm512_mul_ps(d, first), _mm512_mul_ps(d, second), T::out(out));
     }
@@ -161,34 +158,53 @@ fn q8_0<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q2_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let count = levels(&COUNT_TO_4);
     for (block, out) in blocks::<84, 256, T>(bytes, out) {
         let packed = load_16(part(block, 0));
-        let nibbles =
-            |bytes| _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
-        let scales = array(_mm512_mul_ps(half(part(block, 80)), nibbles(packed)));
-        let mins = array(_mm512_mul_ps(half(part(block, 82)), nibbles(_mm_srli_epi16::<4>(packed))));
-        for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let fields = shift_right(load_32(part(block, 16 + 32 * (k / 4))), 2 * (k % 4));
-            let (first, second) = singles(_mm256_and_si256(fields, _mm256_set1_epi8(3)));
-            let affine = |q, k: usize| _mm512_fmsub_ps(_mm512_set1_ps(scales[k]), q, _mm512_set1_ps(mins[k]));
-            put(affine(first, 2 * k), affine(second, 2 * k + 1), T::out(out));
+        let nibbles = |bytes| {
+            let nibbles = _mm_and_si128(bytes, _mm_set1_epi8(15));
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(nibbles))
+        };
+        let scales = _mm512_mul_ps(half(*part(block, 80)), nibbles(packed));
+        let mins = _mm512_mul_ps(half(*part(block, 82)), nibbles(_mm_srli_epi16::<4>(packed)));
+        for (c, out) in out.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+            // the four levels of eight sub-blocks
+            let table = |first| {
+                let index = sub_blocks::<4>(first);
+                let (scales, mins) =
+                    (_mm512_permutexvar_ps(index, scales), _mm512_permutexvar_ps(index, mins));
+                _mm512_fmsub_ps(scales, count, mins)
+            };
+            let (low, high) = (table(8 * c), table(8 * c + 4));
+            let fields = load_32(part(block, 16 + 32 * c));
+            for (t, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                let codes = select(3, shift_right(fields, 2 * t), in_halves(8 * t, 8 * t + 4));
+                look_up_32(low, high, codes, T::out(out));
+            }
         }
     }
 }
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q3_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let centred = levels(&CENTRED_TWICE);
     for (block, out) in blocks::<110, 256, T>(bytes, out) {
         let packed = q3_k_scales(part(block, 96));
-        let centred = _mm512_cvtepi8_epi32(_mm_sub_epi8(load_16(&packed), _mm_set1_epi8(32)));
-        let scales = array(_mm512_mul_ps(half(part(block, 108)), _mm512_cvtepi32_ps(centred)));
-        let high = load_32(part(block, 0));
-        for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let low = shift_right(load_32(part(block, 32 + 32 * (k / 4))), 2 * (k % 4));
-            let low = _mm256_and_si256(low, _mm256_set1_epi8(3));
-            let clear = _mm256_testn_epi8_mask(high, _mm256_set1_epi8((1u8 << k) as i8));
-            let codes = _mm256_mask_sub_epi8(low, clear, low, _mm256_set1_epi8(4));
-            put_scaled(codes, &scales, k, T::out(out));
+        let scales = _mm512_cvtepi8_epi32(_mm_sub_epi8(load_16(&packed), _mm_set1_epi8(32)));
+        let scales = _mm512_mul_ps(half(*part(block, 108)), _mm512_cvtepi32_ps(scales));
+        let high_bits = load_32(part(block, 0));
+        for (k, out) in out.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+            // the eight levels of four sub-blocks
+            let table = |first| _mm512_mul_ps(_mm512_permutexvar_ps(sub_blocks::<8>(first), scales), centred);
+            let (low, high) = (table(4 * k), table(4 * k + 2));
+            for (h, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                let b = 2 * k + h;
+                let low_bits = shift_right(load_32(part(block, 32 + 32 * (b / 4))), 2 * (b % 4));
+                let high_bits =
+                    if b < 2 { shift_left(high_bits, 2 - b) } else { shift_right(high_bits, b - 2) };
+                let codes = select(7, select(3, low_bits, high_bits), in_halves(16 * h, 16 * h + 8));
+                look_up_32(low, high, codes, T::out(out));
+            }
         }
     }
 }
@@ -200,8 +216,8 @@ fn q4_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
         let scales = k_scales_and_mins(part(block, 0));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let nibbles = shift_right(load_32(part(block, 16 + 32 * (k / 2))), 4 * (k % 2));
-            let (scale, min) = (_mm512_set1_ps(scales[k]), _mm512_set1_ps(scales[8 + k]));
-            look_up(_mm512_fmsub_ps(scale, count, min), nibbles, T::out(out));
+            let table = scales.times_less_min(k, count);
+            look_up(table, round_normal(table, table), nibbles, T::out(out));
         }
     }
 }
@@ -214,11 +230,9 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
         let fifth = load_32(part(block, 16));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let nibbles = shift_right(load_32(part(block, 48 + 32 * (k / 2))), 4 * (k % 2));
-            let nibbles = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
             let fifth = if k < 4 { shift_left(fifth, 4 - k) } else { shift_right(fifth, k - 4) };
-            let codes = or_masked(nibbles, fifth, 16);
-            let (scale, min) = (_mm512_set1_ps(scales[k]), _mm512_set1_ps(scales[8 + k]));
-            let (low, high) = (_mm512_fmsub_ps(scale, low, min), _mm512_fmsub_ps(scale, high, min));
+            let codes = select(15, nibbles, fifth);
+            let (low, high) = scales.both_times_less_min(k, low, high);
             look_up_32(low, high, codes, T::out(out));
         }
     }
@@ -226,17 +240,18 @@ fn q5_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 
 #[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
 fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
+    let levels = [load_words(const { &words_from(-32) }), load_words(const { &words_from(0) })];
     for (block, out) in blocks::<210, 256, T>(bytes, out) {
         let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(part(block, 192))));
-        let scales = array(_mm512_mul_ps(half(part(block, 208)), scales));
+        let scales = Scales::of(_mm512_mul_ps(half(*part(block, 208)), scales));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
             let (c, t) = (k / 4, k % 4);
             let low = shift_right(load_32(part(block, 64 * c + 32 * (t % 2))), 4 * (t / 2));
-            let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
             let upper = load_32(part(block, 128 + 32 * c));
             let upper = if t < 2 { shift_left(upper, 4 - 2 * t) } else { shift_right(upper, 2 * t - 4) };
-            let codes = _mm256_sub_epi8(or_masked(low, upper, 0x30), _mm256_set1_epi8(32));
-            put_scaled(codes, &scales, k, T::out(out));
+            let (first, second) = look_up_64(levels, select(15, low, upper));
+            let (first, second) = (scales.times(2 * k, first), scales.times(2 * k + 1, second));
+            put(first, second, T::out(out));
         }
     }
 }
@@ -245,8 +260,8 @@ fn q6_k<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn iq4_nl<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&NON_LINEAR);
     for (block, out) in blocks::<18, 32, T>(bytes, out) {
-        let table = _mm512_mul_ps(half(part(block, 0)), levels);
-        look_up(table, two_halves(part(block, 2)), T::out(out));
+        let table = _mm512_mul_ps(half(*part(block, 0)), levels);
+        look_up(table, round_normal(table, table), two_halves(part(block, 2)), T::out(out));
     }
 }
 
@@ -254,13 +269,13 @@ fn iq4_nl<T: Decoded>(bytes: &[u8], out: &mut [T]) {
 fn iq4_xs<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&NON_LINEAR);
     for (block, out) in blocks::<136, 256, T>(bytes, out) {
-        let packed = iq4_xs_scales(u16::from_le_bytes(*part(block, 2)), *part(block, 4));
+        let packed = iq4_xs_scales(u16::from_le_bytes(*part(block, 2)), u32::from_le_bytes(*part(block, 4)));
         let centred = _mm_sub_epi8(_mm_set1_epi64x(i64::from_le_bytes(packed)), _mm_set1_epi8(32));
         let centred = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centred));
-        let scales = array(_mm512_mul_ps(half(part(block, 0)), centred));
+        let scales = Scales::of(_mm512_mul_ps(half(*part(block, 0)), centred));
         for (k, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            let table = _mm512_mul_ps(_mm512_set1_ps(scales[k]), levels);
-            look_up(table, two_halves(part(block, 8 + 16 * k)), T::out(out));
+            let table = scales.times(k, levels);
+            look_up(table, round_normal(table, table), two_halves(part(block, 8 + 16 * k)), T::out(out));
         }
     }
 }
@@ -270,237 +285,18 @@ fn mxfp4<T: Decoded>(bytes: &[u8], out: &mut [T]) {
     let levels = levels(&E2M1_DOUBLED);
     for (block, out) in blocks::<17, 32, T>(bytes, out) {
         let table = _mm512_mul_ps(_mm512_set1_ps(mxfp4_scale(block[0])), levels);
-        look_up_any(table, two_halves(part(block, 1)), T::out(out));
+        // exact in bf16: powers of two, and three halves of them
+        look_up(table, upper_words(table, table), two_halves(part(block, 1)), T::out(out));
     }
 }
 
-/// `out[i] = table[codes[i] % 16]`; no entry is a subnormal single.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up(table: __m512, codes: __m256i, out: Out<'_>) {
-    match out {
-        Out::F32(out) => look_up_singles(table, codes, out),
-        // twice the same 16 entries: the fifth bit of a code does not matter
-        Out::Bf16(out) => look_up_words(words(_mm512_cvtne2ps_pbh(table, table)), codes, out),
+/// `start`, `start + 1`, … `start + 31` as `bf16`; all are small enough to be exact.
+const fn words_from(start: i32) -> [u16; 32] {
+    let mut words = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        words[i] = (((start + i as i32) as f32).to_bits() >> 16) as u16;
+        i += 1;
     }
-}
-
-/// [`look_up`] for tables with any entries.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_any(table: __m512, codes: __m256i, out: Out<'_>) {
-    match out {
-        Out::F32(out) => look_up_singles(table, codes, out),
-        Out::Bf16(out) => look_up_words(round_any(table, table), codes, out),
-    }
-}
-
-/// `out[i]` is entry `codes[i] % 32` of the table `low`, `high`; no entry is a subnormal single.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_32(low: __m512, high: __m512, codes: __m256i, out: Out<'_>) {
-    match out {
-        Out::F32(out) => {
-            let (first, second) = halves(codes);
-            let first = _mm512_permutex2var_ps(low, _mm512_cvtepu8_epi32(first), high);
-            let second = _mm512_permutex2var_ps(low, _mm512_cvtepu8_epi32(second), high);
-            store_singles(first, second, out);
-        }
-        Out::Bf16(out) => look_up_words(words(_mm512_cvtne2ps_pbh(high, low)), codes, out),
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_singles(table: __m512, codes: __m256i, out: &mut [f32; 32]) {
-    let (first, second) = halves(codes);
-    let first = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(first), table);
-    let second = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(second), table);
-    store_singles(first, second, out);
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn look_up_words(table: __m512i, codes: __m256i, out: &mut [bf16; 32]) {
-    store_words(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out);
-}
-
-/// Writes signed codes times `scales[2 * k]` for the first 16, `scales[2 * k + 1]` for the others.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn put_scaled(codes: __m256i, scales: &[f32; 16], k: usize, out: Out<'_>) {
-    let (first, second) = singles(codes);
-    let first = _mm512_mul_ps(_mm512_set1_ps(scales[2 * k]), first);
-    let second = _mm512_mul_ps(_mm512_set1_ps(scales[2 * k + 1]), second);
-    put(first, second, out);
-}
-
-/// Writes 32 values of which none is a subnormal single.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn put(first: __m512, second: __m512, out: Out<'_>) {
-    match out {
-        Out::F32(out) => store_singles(first, second, out),
-        Out::Bf16(out) => store_words(words(_mm512_cvtne2ps_pbh(second, first)), out),
-    }
-}
-
-/// Writes any 32 values.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn put_any(first: __m512, second: __m512, out: Out<'_>) {
-    match out {
-        Out::F32(out) => store_singles(first, second, out),
-        Out::Bf16(out) => store_words(round_any(first, second), out),
-    }
-}
-
-/// Any 32 singles rounded to `bf16`, as [`f32_to_bf16`](crate::float::f32_to_bf16) does.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn round_any(first: __m512, second: __m512) -> __m512i {
-    let round = |values| {
-        let bits = _mm512_castps_si512(values);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
-        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
-    };
-    _mm512_permutex2var_epi16(round(first), load_words(&ODD), round(second))
-}
-
-/// Signed bytes as singles.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn singles(bytes: __m256i) -> (__m512, __m512) {
-    let (first, second) = halves(bytes);
-    let single = |bytes| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-    (single(first), single(second))
-}
-
-/// `d`·scale of the eight sub-blocks of Q4_K and Q5_K, then `dmin`·minimum.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn k_scales_and_mins(header: &[u8; 16]) -> [f32; 16] {
-    let factors = _mm512_mask_blend_ps(0xFF00, half(part(header, 0)), half(part(header, 2)));
-    let packed = load_16(&scales_and_mins(part(header, 4)));
-    array(_mm512_mul_ps(factors, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed))))
-}
-
-/// 32 codes: the low nibbles of `bytes`, then the high ones. Bits above the fourth are not cleared.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn two_halves(bytes: &[u8; 16]) -> __m256i {
-    let shifts = _mm256_set_epi64x(0x0004_0004_0004_0004, 0x0004_0004_0004_0004, 0, 0);
-    _mm256_srlv_epi16(_mm256_broadcastsi128_si256(load_16(bytes)), shifts)
-}
-
-/// The low nibbles of `codes`, with bit `i` of `fifth` on top of code `i`.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn with_fifth_bits(codes: __m256i, fifth: &[u8; 4]) -> __m256i {
-    let codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-    _mm256_mask_add_epi8(codes, u32::from_le_bytes(*fifth), codes, _mm256_set1_epi8(16))
-}
-
-/// `bytes | other & mask` in every byte.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn or_masked(bytes: __m256i, other: __m256i, mask: i8) -> __m256i {
-    _mm256_ternarylogic_epi64::<0xF8>(bytes, other, _mm256_set1_epi8(mask))
-}
-
-/// Shifts every byte by less than its width; bits of the neighbours come in, for the caller to mask.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn shift_right(bytes: __m256i, bits: usize) -> __m256i {
-    _mm256_srlv_epi16(bytes, _mm256_set1_epi16(bits as i16))
-}
-
-/// [`shift_right`] the other way.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn shift_left(bytes: __m256i, bits: usize) -> __m256i {
-    _mm256_sllv_epi16(bytes, _mm256_set1_epi16(bits as i16))
-}
-
-/// A half in all 16 lanes.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn half(bits: &[u8; 2]) -> __m512 {
-    _mm512_cvtph_ps(_mm256_set1_epi16(i16::from_le_bytes(*bits)))
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn halves(bytes: __m256i) -> (__m128i, __m128i) {
-    (_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes))
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn words(values: __m512bh) -> __m512i {
-    // SAFETY: both types are 64 bytes of plain bits.
-    unsafe { std::mem::transmute(values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn levels(values: &[f32; 16]) -> __m512 {
-    // SAFETY: the reference is to 64 bytes.
-    unsafe { _mm512_loadu_ps(values.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn array(values: __m512) -> [f32; 16] {
-    let mut array = [0.0; 16];
-    // SAFETY: the array is of 64 bytes.
-    unsafe { _mm512_storeu_ps(array.as_mut_ptr(), values) };
-    array
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn load_16(bytes: &[u8; 16]) -> __m128i {
-    // SAFETY: the reference is to 16 bytes.
-    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn load_32(bytes: &[u8; 32]) -> __m256i {
-    // SAFETY: the reference is to 32 bytes.
-    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn load_64(bytes: &[u8; 64]) -> __m512i {
-    // SAFETY: the reference is to 64 bytes.
-    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn load_words(words: &[u16; 32]) -> __m512i {
-    // SAFETY: the reference is to 64 bytes.
-    unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn store_words(values: __m512i, out: &mut [bf16; 32]) {
-    // SAFETY: the reference is to 64 bytes, and any 16 bits are a bf16.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi,avx512bf16")]
-fn store_singles(first: __m512, second: __m512, out: &mut [f32; 32]) {
-    // SAFETY: the reference is to 128 bytes.
-    unsafe {
-        _mm512_storeu_ps(out.as_mut_ptr(), first);
-        _mm512_storeu_ps(out.as_mut_ptr().add(16), second);
-    }
+    words
 }
