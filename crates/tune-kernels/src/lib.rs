@@ -13,6 +13,7 @@
 //! ([`FrozenWeight`], [`FrozenVector`], [`RotaryTable`]), so it serves both kinds and is shared, not copied.
 //! Results are the same bits with any number of threads: every sum has a fixed order.
 
+mod adamw;
 mod cpu;
 mod embedding;
 mod frozen;
@@ -42,6 +43,7 @@ pub enum Arithmetic {
     Bf16,
 }
 
+pub use adamw::{AdamWFactors, adamw, sum_of_squares};
 pub use attention::{AttentionSpan, causal_attention};
 pub use embedding::embedding;
 pub use frozen::{FrozenVector, FrozenWeight};

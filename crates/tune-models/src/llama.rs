@@ -74,7 +74,7 @@ impl Llama {
         quantization: Quantization,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut loader = Loader { config, weights, quantization, device, mismatches: Vec::new() };
+        let mut loader = Loader { config, weights, quantization, mismatches: Vec::new() };
         let (vocab, d_model) = (config.vocab_size, config.hidden_size);
         let embed_tokens = loader.matrix("model.embed_tokens.weight", vocab, d_model)?;
         let blocks =
@@ -369,7 +369,6 @@ struct Loader<'a> {
     config: &'a ModelConfig,
     weights: &'a dyn Weights,
     quantization: Quantization,
-    device: &'a Device,
     mismatches: Vec<String>,
 }
 

@@ -351,7 +351,7 @@ impl ProjectKernels for Flex {
         // dA, dB and du: all that is left is independent
         let u = again(&input, &spec.transform);
         let u = Shared::of(&u, &input);
-        let u = Source::Halves { values: u.values(), cols: d_in, stride: d_in };
+        let u = Source::Halves { values: u.values(), stride: d_in };
         let depth = tokens.next_multiple_of(2);
         let (h_t, dh_t) =
             (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
@@ -373,7 +373,7 @@ impl ProjectKernels for Flex {
                     });
                 }),
             });
-            let dy = Source::Halves { values: &dy[columns[pair.layer].start..], cols: d_out, stride: d_out };
+            let dy = Source::Halves { values: &dy[columns[pair.layer].start..], stride: d_out };
             products.push(Product {
                 rows: rank,
                 cols: columns[pair.layer].len(),
