@@ -107,7 +107,7 @@ fn what_cannot_be_measured_is_refused() {
     let refused: [(&[&str], &str); 4] = [
         (&["train", "--model", MODEL, "--seq", "16", "--method", "full"], "full"),
         (&["train", "--model", MODEL, "--dtype", "f8"], "f8"),
-        (&["train", "--model", MODEL, "--text", "absent.txt"], "absent.txt"),
+        (&["train", "--model", MODEL, "--seq", "16", "--text", "absent.txt"], "absent.txt"),
         (&["generate", "--model", MODEL, "--prompt-tokens", "1000000"], "context"),
     ];
     for (arguments, word) in refused {
