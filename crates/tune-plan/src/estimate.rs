@@ -229,15 +229,15 @@ pub fn rough(model: String, reference: Reference, budget_bytes: Option<u64>) -> 
 ///
 /// d `hidden_size`, q and k the widths of all query and key heads, f `intermediate_size`. In `bf16`: the input of
 /// both norms over its root mean square (2 d), q, k, v and the attention's output (2 q + 2 k), gate and up (2 f),
-/// `x Aᵀ` of each adapter; in `f32` the block's output (d), and a value a token for each head and norm. u of a
-/// projection is made again. In `f32` see [`saved_elements`].
+/// `x Aᵀ` of each adapter; and in `f32` a value a token for each head and norm. u of a projection is made again. For
+/// arithmetic in `f32` see [`saved_elements`].
 pub(crate) fn saved_bytes(input: &PlanInput) -> u64 {
     let s = &input.shape;
     if input.dtype == Dtype::F32 {
         return product(&[saved_elements(input), F32]);
     }
     let halves = 2 * s.hidden_size + 2 * s.q() + 2 * s.kv() + 2 * s.intermediate_size + adapted_ranks(input);
-    let floats = s.hidden_size + s.num_attention_heads + 2;
+    let floats = s.num_attention_heads + 2;
     BF16 * halves + F32 * floats
 }
 
