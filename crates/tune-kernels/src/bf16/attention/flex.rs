@@ -22,8 +22,10 @@ use crate::bf16::tile::WIDTH;
 use crate::cpu::{self, vectorised, with_scratch};
 use crate::{AttentionSpan, RotaryTable};
 
-/// Queries of a task, all heads of a group taken together: enough that packing the keys is a small part of it.
-const TASK_QUERIES: usize = 288;
+/// Queries of a task, all heads of a group taken together: enough that packing the keys is a small part of it, and
+/// few enough that they stay in the second-level cache. Forward takes fewer where threads would have nothing to do.
+const TASK_QUERIES: usize = 768;
+const FEWEST_TASK_QUERIES: usize = 192;
 
 /// Most parts into which backward divides a document: each has its own dk and dv.
 const MOST_PARTS: usize = 8;
@@ -53,7 +55,9 @@ impl SelfAttentionKernels for Flex {
         let (mut o, mut log_sums) = (vec![bf16::ZERO; tokens * heads * dim], vec![0.0; tokens * heads]);
         let (o_rows, log_sum_rows) =
             (SharedRows::new(&mut o, heads * dim), SharedRows::new(&mut log_sums, heads));
-        let rows = (TASK_QUERIES / layout.group()).next_multiple_of(forward::STRIP).max(forward::STRIP);
+        let wanted = 4 * rayon::current_num_threads();
+        let rows = (tokens * heads / wanted).clamp(FEWEST_TASK_QUERIES, TASK_QUERIES) / layout.group();
+        let rows = rows.max(1).next_multiple_of(forward::STRIP);
         let parts = |document: &Range<usize>| {
             let len = document.len();
             (0..len).step_by(rows).map(move |start| start..len.min(start + rows)).rev()
