@@ -7,8 +7,11 @@
 
 mod attention;
 mod convert;
+pub(crate) mod cross_entropy;
 mod product;
+mod projection;
 mod tile;
 
 pub use attention::self_attention;
-pub use tile::has_avx512_bf16;
+pub use projection::{Input, Layer, project, reference as projection_reference};
+pub use tile::is_fast;

@@ -2,7 +2,7 @@
 
 use crate::error::{Problem, RecipeError};
 use crate::origin::Origin;
-use crate::spec::{Method, Quantization, RunSpec};
+use crate::spec::{Dtype, Method, Quantization, RunSpec};
 use crate::values::{Layers, TargetModules};
 
 /// What is known of the base model once its header has been read.
@@ -84,6 +84,13 @@ impl RunSpec {
         }
         problems.extend(self.derive(Some(base)).err().map(|problem| *problem));
         if problems.is_empty() { Ok(()) } else { Err(RecipeError::Unsuited { problems }) }
+    }
+
+    /// Takes `fastest`, the type that this machine multiplies fastest, unless the recipe names one.
+    pub fn prefer_dtype(&mut self, fastest: Dtype) {
+        if !self.origins.is_written("model.dtype") {
+            self.model.dtype = fastest;
+        }
     }
 
     /// Sequences × longest sequence: the most tokens that go through the model at once.

@@ -39,13 +39,6 @@ vectorised! {
             *out = round(*value);
         }
     }
-
-    /// `out = scale · values`, rounded.
-    pub(super) fn round_scaled_row(values: &[f32], scale: f32, out: &mut [bf16]) {
-        for (value, out) in values.iter().zip(out) {
-            *out = round(scale * *value);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -28,8 +28,7 @@ const MOST_COLUMNS: usize = 320;
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 3;
 
-/// A left factor: rows of `depth` values that begin `stride` apart. Pairs are read, so an odd depth needs a
-/// readable value behind each row, which is multiplied by zero.
+/// A left factor: rows of `depth` values that begin `stride` apart.
 #[derive(Clone, Copy)]
 pub(super) struct Operand<'a> {
     values: &'a [bf16],
@@ -41,13 +40,31 @@ pub(super) struct Operand<'a> {
 impl<'a> Operand<'a> {
     /// Rows from the beginning of `values` on.
     pub(super) fn new(values: &'a [bf16], rows: usize, depth: usize, stride: usize) -> Self {
-        let paired = depth.next_multiple_of(2);
         assert!(
-            rows == 0 || (rows - 1) * stride + paired <= values.len(),
+            rows == 0 || (rows - 1) * stride + depth <= values.len(),
             "[{rows}, {depth}] with stride {stride} in {} values",
             values.len()
         );
         Self { values, rows, depth, stride }
+    }
+
+    /// The rows `rows`; those of an odd depth are copied to `buffer`, with a zero behind each.
+    fn slice_rows<'b>(self, rows: Range<usize>, buffer: &'b mut Vec<bf16>) -> Operand<'b>
+    where
+        'a: 'b,
+    {
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let values = &self.values[(rows.start * self.stride).min(self.values.len())..];
+        if self.depth.is_multiple_of(2) {
+            return Self { values, rows: rows.len(), ..self };
+        }
+        let stride = self.depth + 1;
+        buffer.clear();
+        buffer.resize(rows.len() * stride, bf16::ZERO);
+        for (row, out) in values.chunks(self.stride).zip(buffer.chunks_exact_mut(stride)) {
+            out[..self.depth].copy_from_slice(&row[..self.depth]);
+        }
+        Operand { values: buffer, rows: rows.len(), depth: self.depth, stride }
     }
 }
 
@@ -58,8 +75,8 @@ pub(super) enum Source<'a> {
     Stored(&'a StoredMatrix),
     /// `f32`, rows of `cols` values one after the other.
     Floats { values: &'a [f32], cols: usize },
-    /// `bf16`, rows of `cols` values that begin `stride` apart.
-    Halves { values: &'a [bf16], cols: usize, stride: usize },
+    /// `bf16`, rows that begin `stride` apart.
+    Halves { values: &'a [bf16], stride: usize },
 }
 
 impl Source<'_> {
@@ -177,6 +194,7 @@ pub(super) fn run(products: &[Product]) {
 struct Workspace {
     panels: Vec<PanelRow>,
     decoded: Vec<bf16>,
+    padded: Vec<bf16>,
     sums: Vec<f32>,
 }
 
@@ -193,11 +211,12 @@ impl Workspace {
 
 fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspace: &mut Workspace) {
     let stride = cols.len().next_multiple_of(WIDTH);
-    let Workspace { panels, decoded, sums } = workspace;
+    let Workspace { panels, decoded, padded, sums } = workspace;
     grow(sums, rows.len() * stride, 0.0);
     let sums = &mut sums[..rows.len() * stride];
     let mut accumulate = false;
     for term in &product.terms {
+        let a = term.a.slice_rows(rows.clone(), padded);
         for block in term.blocks() {
             let pairs = block.len().div_ceil(2);
             let count = stride / WIDTH;
@@ -206,8 +225,7 @@ fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspac
             pack(term.b, block.clone(), cols.clone(), decoded, panels);
             for top in (0..rows.len()).step_by(HEIGHT) {
                 let height = HEIGHT.min(rows.len() - top);
-                let first = (rows.start + top) * term.a.stride + block.start;
-                let a = PairedRows::new(&term.a.values[first..], term.a.stride);
+                let a = PairedRows::new(&a.values[top * a.stride + block.start..], a.stride);
                 for (panel, left) in panels.chunks_exact(pairs.max(1)).zip((0..).step_by(WIDTH)) {
                     let mut sums = Sums::new(&mut sums[top * stride + left..], stride);
                     multiply(height, a, panel, &mut sums, accumulate);
@@ -334,11 +352,11 @@ mod tests {
     #[test]
     fn sums_of_products_of_ragged_shapes() {
         for (m, k, r, n) in [(1, 1, 1, 1), (3, 5, 2, 7), (25, 33, 3, 70), (13, 900, 16, 37), (0, 4, 2, 4)] {
-            let (x, h) = (halves(1, m * (k + 1) + 1), halves(2, m * (r + 1) + 1));
+            let (x, h) = (halves(1, m * (k + 1)), halves(2, m * (r + 1)));
             let (w, b) = (halves(3, n * k), uniform(4, n * r));
             let (x, h) = (Operand::new(&x, m, k, k + 1), Operand::new(&h, m, r, r + 1));
             let rounded: Vec<bf16> = b.iter().map(|v| bf16::from_f32(*v)).collect();
-            let source = Source::Halves { values: &w, cols: k, stride: k };
+            let source = Source::Halves { values: &w, stride: k };
             let terms = vec![
                 Term { a: x, b: Factor::Transposed(source) },
                 Term { a: h, b: Factor::Transposed(Source::Floats { values: &b, cols: r }) },
@@ -349,7 +367,7 @@ mod tests {
             });
             let (w, b) = (halves(3, n * k), uniform(4, n * r));
             let terms = vec![
-                Term { a: x, b: Factor::Plain(Source::Halves { values: &w, cols: n, stride: n }) },
+                Term { a: x, b: Factor::Plain(Source::Halves { values: &w, stride: n }) },
                 Term { a: h, b: Factor::Plain(Source::Floats { values: &b, cols: n }) },
             ];
             assert_product(m, n, terms, &|i, k_, j| match i {

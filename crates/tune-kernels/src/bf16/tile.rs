@@ -70,7 +70,7 @@ pub(super) fn multiply(
     assert!(count == 0 || (count - 1) * rows.stride + 2 * panel.len() <= rows.values.len(), "rows of A");
     assert!(count == 0 || (count - 1) * sums.stride + WIDTH <= sums.values.len(), "rows of sums");
     #[cfg(target_arch = "x86_64")]
-    if has_avx512_bf16() {
+    if is_fast() {
         let (mut row, mut rest) = (0, count);
         while rest > 0 {
             let height = rest.min(HEIGHT);
@@ -98,7 +98,7 @@ pub(super) fn multiply(
 }
 
 /// Whether products of `bf16` run on instructions of their own here.
-pub fn has_avx512_bf16() -> bool {
+pub fn is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx512bf16")
@@ -149,7 +149,7 @@ vectorised! {
 pub(super) fn pack_columns(columns: &[bf16], count: usize, stride: usize, panel: &mut [PanelRow]) {
     assert!(count == 0 || (count - 1) * stride + 2 * panel.len() <= columns.len(), "columns of B");
     #[cfg(target_arch = "x86_64")]
-    if has_avx512_bf16() && count == WIDTH {
+    if is_fast() && count == WIDTH {
         // SAFETY: the processor has the features, and the columns were checked against their slice above.
         unsafe { avx512::pack_columns(columns.as_ptr(), stride, panel) };
         return;

@@ -94,6 +94,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
 fn of_recipe(path: &Path, args: &Args, device: Option<Budget>) -> miette::Result<(MemoryPlan, bool)> {
     let overrides: Vec<Override> = args.set.iter().map(Override::set).collect();
     let mut spec = tune_recipe::load(path, &overrides)?;
+    spec.prefer_dtype(machine::fastest_dtype());
     for note in &spec.notes {
         eprintln!("note        {note}");
     }

@@ -1,5 +1,6 @@
 //! Rows of heads as the factors of products: rotated, packed, transposed.
 
+use std::mem::MaybeUninit;
 use std::ops::{Deref, Range};
 
 use bytemuck::Zeroable;
@@ -126,15 +127,15 @@ vectorised! {
     }
 
     /// `out` = `x · scale`, rotated back, for one row of a head.
-    pub(super) fn rotate_back(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [bf16]) {
+    pub(super) fn rotate_back(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [MaybeUninit<bf16>]) {
         let half = cos.len();
         let (x_low, x_high) = x[..2 * half].split_at(half);
         let (out_low, out_high) = out[..2 * half].split_at_mut(half);
         for (((low, high), (out_low, out_high)), (cos, sin)) in
             x_low.iter().zip(x_high).zip(out_low.iter_mut().zip(out_high)).zip(cos.iter().zip(sin))
         {
-            *out_low = round((low * cos + high * sin) * scale);
-            *out_high = round((high * cos - low * sin) * scale);
+            out_low.write(round((low * cos + high * sin) * scale));
+            out_high.write(round((high * cos - low * sin) * scale));
         }
     }
 
@@ -183,9 +184,9 @@ vectorised! {
     }
 
     /// `out = values · factor`, rounded.
-    pub(super) fn scale_row(values: &[f32], factor: f32, out: &mut [bf16]) {
+    pub(super) fn scale_row(values: &[f32], factor: f32, out: &mut [MaybeUninit<bf16>]) {
         for (value, out) in values.iter().zip(out) {
-            *out = round_ties_away(value * factor);
+            out.write(round_ties_away(value * factor));
         }
     }
 
