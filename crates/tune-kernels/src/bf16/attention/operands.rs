@@ -152,12 +152,12 @@ vectorised! {
         let zeros = [bf16::ZERO; WIDTH];
         for (p, pair) in (0..count).step_by(2).enumerate() {
             let even = &rows[pair * stride..][..dim];
-            let odd = if pair + 1 < count { &rows[(pair + 1) * stride..][..dim] } else { &[] };
+            let odd = (pair + 1 < count).then(|| &rows[(pair + 1) * stride..][..dim]);
             prefetch(even, stride, dim);
-            prefetch(odd, stride, dim);
+            prefetch(odd.unwrap_or(even), stride, dim);
             for (panel, left) in panels.chunks_exact_mut(panel_len).zip((0..dim).step_by(WIDTH)) {
                 let out = &mut panel[p];
-                let odd = odd.get(left..).unwrap_or(&zeros);
+                let odd = odd.map_or(&zeros[..], |odd| &odd[left..]);
                 if left + WIDTH <= dim {
                     for ((even, odd), out) in even[left..left + WIDTH].iter().zip(&odd[..WIDTH]).zip(&mut out.0) {
                         *out = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
