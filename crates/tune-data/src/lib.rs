@@ -4,13 +4,16 @@
 //! [`Tokenizer`] and [`ChatTemplate`] come from the model itself and serve generation as well.
 
 mod batch;
+mod byte_level_bpe;
 mod chat_template;
 mod conversation;
 mod error;
 mod format;
 mod load;
 mod mask;
+mod merges;
 mod pack;
+mod pieces;
 mod pre_tokenizer;
 mod preview;
 mod report;
@@ -30,5 +33,5 @@ pub use mask::TrainOn;
 pub use preview::{PreviewSpan, preview};
 pub use report::{Bucket, Report, SourceReport};
 pub use sample::Sample;
-pub use tokenizer::{Token, Tokenizer};
+pub use tokenizer::{Token, Tokenizer, gguf_tokenizer_json};
 pub use vocabulary::StreamDecoder;

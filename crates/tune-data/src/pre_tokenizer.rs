@@ -14,7 +14,8 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PreTokenizer {
     names: &'static [&'static str],
-    splits: &'static [&'static str],
+    /// Expressions whose matches become pieces, one after the other.
+    pub(crate) splits: &'static [&'static str],
     /// A piece that is itself in the vocabulary becomes that token, whatever the merges say.
     pub(crate) ignore_merges: bool,
 }
@@ -41,6 +42,34 @@ impl PreTokenizer {
         }
         steps.push(ByteLevel::new(false, false, false).into());
         Ok(Sequence::new(steps).into())
+    }
+}
+
+/// The expressions of a pre-tokenizer of the tokenizers crate that cuts as the entries here do: splits, one after the
+/// other, then the byte-to-character spelling. `None` for one that does anything else.
+pub(crate) fn expressions(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<&str>> {
+    let steps = match pre_tokenizer {
+        PreTokenizerWrapper::Sequence(sequence) => sequence.as_ref(),
+        step => std::slice::from_ref(step),
+    };
+    let (last, splits) = steps.split_last()?;
+    let PreTokenizerWrapper::ByteLevel(ByteLevel { add_prefix_space: false, use_regex, .. }) = last else {
+        return None;
+    };
+    splits.iter().map(expression).chain(use_regex.then_some(Some(GPT2))).collect()
+}
+
+/// The expression whose matches a step makes pieces.
+fn expression(step: &PreTokenizerWrapper) -> Option<&str> {
+    match step {
+        PreTokenizerWrapper::Split(Split {
+            pattern: SplitPattern::Regex(expression),
+            behavior: SplitDelimiterBehavior::Isolated,
+            invert: false,
+            ..
+        }) => Some(expression),
+        PreTokenizerWrapper::Digits(digits) if digits.individual_digits => Some(r"\p{N}"),
+        _ => None,
     }
 }
 
