@@ -203,3 +203,176 @@ fn boundary_after(text: &str, mut at: usize) -> usize {
     }
     at
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree as _;
+    use tokenizers::models::bpe::{BPE, BpeTrainer};
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, Trainer as _};
+    use tune_formats::{GgufTokenizer, TokenType};
+
+    use super::*;
+    use crate::gguf_bpe::GgufBpe;
+    use crate::pre_tokenizer::NAMES;
+
+    /// What the vocabulary is trained on: prose, code, numbers and many scripts.
+    const TEXTS: [&str; 5] = [
+        include_str!("../../../README.md"),
+        include_str!("../../../ARCHITECTURE.md"),
+        include_str!("../../../tests/parity/tokenizer/mixed.txt"),
+        include_str!("tokenizer.rs"),
+        include_str!("../../../datasets/quickstart.eval.jsonl"),
+    ];
+
+    /// Text in which engines tend to differ.
+    const FRAGMENTS: [&str; 44] = [
+        " ",
+        "  ",
+        "   ",
+        "\n",
+        "\r\n",
+        "\n\n",
+        "\t",
+        "\u{a0}",
+        "\u{2003}",
+        "\u{3000}",
+        "\u{85}",
+        "'s",
+        "'S",
+        "'ll",
+        "'ſ",
+        "’re",
+        "it's",
+        "The",
+        " the",
+        "tokenizer",
+        "HTTPServer",
+        "snake_case",
+        "1",
+        "42",
+        "1234567",
+        "²½",
+        "٣",
+        "Ⅷ",
+        "--",
+        "==>",
+        "...",
+        "!?",
+        "/",
+        "日本語",
+        "한국어",
+        "é",
+        "e\u{301}",
+        "👩‍👩‍👧‍👦",
+        "\u{4}",
+        "\u{f2000}",
+        "<|im_end|>",
+        "<|im",
+        "<br>",
+        "<br><br>",
+    ];
+
+    /// Tables for the pre-tokenizer `pre`. A few bytes have no token, as in SmolLM2's vocabulary.
+    fn tables(pre: &str) -> GgufTokenizer {
+        static TRAINED: LazyLock<(Vec<String>, Vec<String>)> = LazyLock::new(|| {
+            let alphabet = ByteLevel::alphabet().into_iter();
+            let mut trainer = BpeTrainer::builder()
+                .vocab_size(2000)
+                .show_progress(false)
+                // the bytes 0x04 and 0xf2
+                .initial_alphabet(alphabet.filter(|byte| !['Ą', 'ò'].contains(byte)).collect())
+                .build();
+            let pieces = |text: &str| {
+                let mut text = PreTokenizedString::from(text);
+                ByteLevel::new(false, false, true).pre_tokenize(&mut text)?;
+                let splits = text.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
+                Ok(splits.into_iter().map(|(piece, ..)| piece.to_owned()).collect())
+            };
+            trainer.feed(TEXTS.iter(), pieces).expect("pieces");
+            let mut bpe = BPE::default();
+            trainer.train(&mut bpe).expect("trained");
+            let mut tokens: Vec<_> = bpe.get_vocab().into_iter().collect();
+            tokens.sort_unstable_by_key(|(_, id)| *id);
+            let merges = serde_json::to_value(&bpe).expect("JSON")["merges"].take();
+            let merges: Vec<[String; 2]> = serde_json::from_value(merges).expect("pairs");
+            (
+                tokens.into_iter().map(|(token, _)| token).collect(),
+                merges.into_iter().map(|pair| pair.join(" ")).collect(),
+            )
+        });
+        let (mut tokens, merges) = TRAINED.clone();
+        let mut token_types = vec![TokenType::Normal; tokens.len()];
+        let added = [("<|im_end|>", TokenType::Control), ("<br>", TokenType::UserDefined)];
+        for (token, kind) in
+            added.into_iter().chain([("<br><br>", TokenType::UserDefined), ("   ", TokenType::UserDefined)])
+        {
+            tokens.push(token.to_owned());
+            token_types.push(kind);
+        }
+        GgufTokenizer {
+            model: "gpt2".into(),
+            pre: Some(pre.into()),
+            tokens,
+            token_types,
+            merges,
+            ..Default::default()
+        }
+    }
+
+    /// Ours, and the two readings of the tokenizers crate: with and without control tokens.
+    fn engines(pre: &str) -> (ByteLevelBpe, [tokenizers::Tokenizer; 2]) {
+        let tables = tables(pre);
+        let bpe = GgufBpe::of(&tables, "trained").expect("tables").expect("BPE");
+        let special = bpe.tokenizer().expect("tokenizer");
+        let mut plain = special.clone();
+        plain.set_encode_special_tokens(true);
+        (bpe.byte_level().expect("byte-level"), [special, plain])
+    }
+
+    fn assert_same(ours: &ByteLevelBpe, theirs: &[tokenizers::Tokenizer; 2], text: &str, context: &str) {
+        for (special, theirs) in [(true, &theirs[0]), (false, &theirs[1])] {
+            let tokens = ours.encode(text, special);
+            let expected = theirs.encode(text, false).expect("encoded");
+            let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+            assert_eq!(ids, expected.get_ids(), "{context}, special = {special}: {text:?}");
+            // behind a byte without a token, the crate's places are those of other bytes
+            if !text.contains(['\u{4}', '\u{f2000}']) {
+                let places: Vec<_> = tokens.iter().map(|token| (token.start, token.end)).collect();
+                assert_eq!(places, expected.get_offsets(), "{context}, special = {special}: {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_are_those_of_the_tokenizers_crate() {
+        for pre in NAMES.iter() {
+            let (ours, theirs) = engines(pre);
+            for text in TEXTS {
+                assert_same(&ours, &theirs, text, pre);
+            }
+            let mut random = proptest::test_runner::TestRunner::deterministic();
+            let fragments = proptest::collection::vec(
+                prop_oneof![3 => proptest::sample::select(&FRAGMENTS[..]).prop_map(str::to_owned), 1 => any::<String>()],
+                0..30,
+            );
+            for _ in 0..300 {
+                let parts = fragments.new_tree(&mut random).expect("a text").current();
+                assert_same(&ours, &theirs, &parts.concat(), pre);
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_behind_a_byte_without_one_keep_their_places() {
+        let (ours, _) = engines("gpt-2");
+        let text = "\u{4}a\u{4}日\u{f2000}";
+        for token in ours.encode(text, true) {
+            let place = &text[token.start..token.end];
+            assert!(["a", "日", "\u{f2000}"].contains(&place), "{place:?}");
+        }
+    }
+}

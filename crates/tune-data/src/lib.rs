@@ -9,6 +9,7 @@ mod chat_template;
 mod conversation;
 mod error;
 mod format;
+mod gguf_bpe;
 mod load;
 mod mask;
 mod merges;

@@ -151,7 +151,7 @@ mod tests {
     fn merges(pairs: &[(u32, u32)]) -> Merges {
         let results = (256..).zip(pairs).map(|(id, (left, right))| (*left, *right, id));
         Merges::new(
-            std::array::from_fn(|byte| (byte != b'x'.into()).then_some(byte as u32)),
+            std::array::from_fn(|byte| (byte != usize::from(b'x')).then_some(byte as u32)),
             results.collect::<Vec<_>>().into_iter(),
             FxHashMap::default(),
         )

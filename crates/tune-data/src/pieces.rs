@@ -6,6 +6,8 @@
 
 use regex_automata::meta::{Cache, Regex};
 use regex_automata::{Anchored, Input};
+use regex_syntax::ast::parse::Parser;
+use regex_syntax::ast::{Ast, Visitor};
 
 /// How the expressions of pre-tokenizers end.
 const SPACE_BEFORE_WORD: &str = r"|\s+(?!\S)|\s+";
@@ -20,14 +22,15 @@ pub(crate) struct Cut {
 impl Cut {
     /// `None` for an expression that is not regular.
     pub(crate) fn new(expression: &str) -> Option<Self> {
-        if is_possessive(expression) {
+        let head = expression.strip_suffix(SPACE_BEFORE_WORD);
+        if is_possessive(head.unwrap_or(expression))? {
             return None;
         }
-        let (regex, covers_text) = match expression.strip_suffix(SPACE_BEFORE_WORD) {
-            Some(head) => (Regex::new_many(&[head, r"\s+"]), true),
-            None => (Regex::new(expression), false),
+        let regex = match head {
+            Some(head) => Regex::new_many(&[head, r"\s+"]),
+            None => Regex::new(expression),
         };
-        Some(Self { regex: regex.ok()?, covers_text })
+        Some(Self { regex: regex.ok()?, covers_text: head.is_some() })
     }
 
     /// Memory for [`each_piece`].
@@ -53,11 +56,29 @@ impl Cut {
     }
 }
 
-/// Repetition without backtracking, which the automata would read as a repetition of a repetition.
-fn is_possessive(expression: &str) -> bool {
-    let counted = |(at, _)| expression[..at].ends_with(|last: char| last == ',' || last.is_ascii_digit());
-    ["++", "*+", "?+"].iter().any(|possessive| expression.contains(possessive))
-        || expression.match_indices("}+").any(counted)
+/// The expression has a repetition without backtracking, such as `a++`, which the automata would read as a repetition
+/// of a repetition. `None` for an expression that is not regular.
+fn is_possessive(expression: &str) -> Option<bool> {
+    struct Search;
+
+    impl Visitor for Search {
+        type Output = ();
+        type Err = ();
+
+        fn finish(self) -> Result<(), ()> {
+            Ok(())
+        }
+
+        fn visit_pre(&mut self, ast: &Ast) -> Result<(), ()> {
+            match ast {
+                Ast::Repetition(outer) if matches!(*outer.ast, Ast::Repetition(_)) => Err(()),
+                _ => Ok(()),
+            }
+        }
+    }
+
+    let ast = Parser::new().parse(expression).ok()?;
+    Some(regex_syntax::ast::visit(&ast, Search).is_err())
 }
 
 /// Calls `piece` with the first byte of each piece that `cuts` leave of `text` and with the piece, in order. Each cut
@@ -134,5 +155,6 @@ mod tests {
         for expression in [r"a(?!b)", r"\p{L}++", r"a{1,3}+", r"(?<=a)b", r"(a)\1"] {
             assert!(Cut::new(expression).is_none(), "{expression}");
         }
+        assert!(Cut::new(r"[*+,]|\++|(?:a+)+").is_some());
     }
 }

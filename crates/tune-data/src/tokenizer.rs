@@ -9,24 +9,15 @@
 
 use std::sync::OnceLock;
 
-use tokenizers::decoders::DecoderWrapper;
-use tokenizers::decoders::byte_level::ByteLevel;
-use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
-use tokenizers::normalizers::replace::Replace;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, NormalizerWrapper};
+use tokenizers::NormalizerWrapper;
 use tune_formats::{BaseModel, GgufTokenizer, SpecialTokens, TokenType, TokenizerFiles};
 use unicode_normalization_alignments::is_nfc;
 
-use crate::byte_level_bpe::{ByteLevelBpe, Ids};
-use crate::pre_tokenizer::PreTokenizer;
-use crate::sentencepiece::{SPACE, SentencePiece};
+use crate::byte_level_bpe::ByteLevelBpe;
+use crate::gguf_bpe::GgufBpe;
+use crate::sentencepiece::SentencePiece;
 use crate::vocabulary::{Spelling, StreamDecoder, Vocabulary};
 use crate::{DataError, tokenizer_json};
-
-/// Kinds of `tokenizer.ggml.model` that can be rebuilt.
-const SUPPORTED: &str = "gpt2, gemma4, llama";
 
 /// One token of a text and the bytes of the text that it stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +205,7 @@ impl HuggingFace {
 pub fn gguf_tokenizer_json(base: &BaseModel) -> Result<Option<String>, DataError> {
     let TokenizerFiles::Gguf(tables) = &base.tokenizer else { return Ok(None) };
     let tables = with_roles(tables, &base.special);
-    Ok(match Bpe::of(&tables, &base.name)? {
+    Ok(match GgufBpe::of(&tables, &base.name)? {
         Some(bpe) => bpe.tokenizer().and_then(|tokenizer| tokenizer.to_string(true)).ok(),
         None => None,
     })
@@ -237,7 +228,7 @@ fn with_roles(tables: &GgufTokenizer, special: &SpecialTokens) -> GgufTokenizer 
 
 fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary), DataError> {
     let invalid = |reason| DataError::TokenizerTables { model: model.to_owned(), reason };
-    let Some(bpe) = Bpe::of(tables, model)? else {
+    let Some(bpe) = GgufBpe::of(tables, model)? else {
         let name = model.to_lowercase();
         let phi3 = name.contains("phi-3") || name.contains("phi3");
         let engine = SentencePiece::from_gguf(tables, phi3).map_err(invalid)?;
@@ -248,149 +239,6 @@ fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary)
         Some(engine) => Engine::ByteLevel(Box::new(engine)),
         None => HuggingFace::new(bpe.tokenizer().map_err(|error| invalid(error.to_string()))?, None),
     };
-    let spelling = if bpe.pre.is_some() { Spelling::ByteLevel } else { Spelling::SentencePiece };
+    let spelling = if bpe.is_byte_level() { Spelling::ByteLevel } else { Spelling::SentencePiece };
     Ok((engine, Vocabulary::from_gguf(tables, spelling)))
-}
-
-/// The tables of a BPE, checked.
-struct Bpe<'a> {
-    tables: &'a GgufTokenizer,
-    /// Absent for BPE over characters.
-    pre: Option<&'static PreTokenizer>,
-    ids: Ids<'a>,
-    merges: Vec<Merge<'a>>,
-}
-
-struct Merge<'a> {
-    parts: [&'a str; 2],
-    /// Left, right and result.
-    ids: (u32, u32, u32),
-}
-
-impl<'a> Bpe<'a> {
-    /// `None` for SentencePiece.
-    fn of(tables: &'a GgufTokenizer, model: &str) -> Result<Option<Self>, DataError> {
-        let invalid = |reason| DataError::TokenizerTables { model: model.to_owned(), reason };
-        if tables.token_types.len() != tables.tokens.len() {
-            let (types, tokens) = (tables.token_types.len(), tables.tokens.len());
-            return Err(invalid(format!("{types} token types for {tokens} tokens")));
-        }
-        let byte_level = match tables.model.as_str() {
-            "gpt2" => tables.pre.as_deref() != Some("gemma4"),
-            "gemma4" => false,
-            "llama" => return Ok(None),
-            kind => {
-                return Err(DataError::UnknownTokenizer {
-                    model: model.to_owned(),
-                    kind: kind.to_owned(),
-                    supported: SUPPORTED,
-                });
-            }
-        };
-        let pre = if byte_level {
-            let name = tables.pre.as_deref().unwrap_or("default");
-            Some(PreTokenizer::named(name).ok_or_else(|| DataError::UnknownPreTokenizer {
-                model: model.to_owned(),
-                name: name.to_owned(),
-                known: PreTokenizer::known(),
-            })?)
-        } else {
-            None
-        };
-        let ids = ids(tables).map_err(invalid)?;
-        let merges = merges(tables, &ids).map_err(invalid)?;
-        Ok(Some(Self { tables, pre, ids, merges }))
-    }
-
-    /// The engine for BPE over bytes.
-    fn byte_level(&self) -> Option<ByteLevelBpe> {
-        let pre = self.pre?;
-        let added: Vec<_> = added_tokens(self.tables).collect();
-        ByteLevelBpe::new(
-            &self.ids,
-            self.merges.iter().map(|merge| merge.ids),
-            pre.ignore_merges,
-            true,
-            pre.splits,
-            added.iter().map(|(id, token)| (*id, token)),
-        )
-    }
-
-    /// The same in the tokenizers crate.
-    fn tokenizer(&self) -> tokenizers::Result<tokenizers::Tokenizer> {
-        let vocab = self.tables.tokens.iter().cloned().zip(0..);
-        let merges =
-            self.merges.iter().map(|Merge { parts: [left, right], .. }| ((*left).into(), (*right).into()));
-        let builder = BPE::builder().vocab_and_merges(vocab.collect::<Vocab>(), merges.collect());
-        let mut tokenizer = match self.pre {
-            Some(pre) => {
-                // GPT-2's BPE over bytes spelt as characters
-                let mut tokenizer =
-                    tokenizers::Tokenizer::new(builder.ignore_merges(pre.ignore_merges).build()?);
-                tokenizer.with_pre_tokenizer(Some(pre.build()?));
-                tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(ByteLevel::default())));
-                tokenizer
-            }
-            None => character_bpe(builder, self.tables)?,
-        };
-        let added = added_tokens(self.tables).map(|(_, token)| token);
-        tokenizer.add_tokens(added.collect::<Vec<_>>())?;
-        Ok(tokenizer)
-    }
-}
-
-/// Gemma 4's BPE over characters, with `▁` for a space and byte tokens for what is not in the vocabulary.
-fn character_bpe(builder: BpeBuilder, tables: &GgufTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
-    let mut builder = builder.byte_fallback(true).fuse_unk(true);
-    if let Some(unknown) = tables.unk.and_then(|id| tables.tokens.get(id as usize)) {
-        builder = builder.unk_token(unknown.clone());
-    }
-    let mut tokenizer = tokenizers::Tokenizer::new(builder.build()?);
-    tokenizer.with_normalizer(Some(Replace::new(" ", SPACE.to_string())?))?;
-    let lines = SplitPattern::Regex(r"[^\n]+|[\n]+".to_owned());
-    tokenizer.with_pre_tokenizer(Some(Split::new(lines, SplitDelimiterBehavior::Isolated, false)?));
-    Ok(tokenizer)
-}
-
-fn ids(tables: &GgufTokenizer) -> Result<Ids<'_>, String> {
-    let mut ids = Ids::with_capacity_and_hasher(tables.tokens.len(), rustc_hash::FxBuildHasher);
-    for (id, text) in (0..).zip(&tables.tokens) {
-        if let Some(other) = ids.insert(text, id) {
-            return Err(format!("tokens {other} and {id} have the same text {text:?}"));
-        }
-    }
-    Ok(ids)
-}
-
-/// `left right`, separated by the first space that is not the very first character. Both and what they give must
-/// be tokens: the tokenizers crate indexes out of bounds otherwise.
-fn merges<'a>(tables: &'a GgufTokenizer, ids: &Ids) -> Result<Vec<Merge<'a>>, String> {
-    let mut joined = String::new();
-    let split = |(index, merge): (usize, &'a String)| {
-        let first = merge.chars().next().map_or(0, char::len_utf8);
-        let space = merge[first..].find(' ').map(|at| first + at);
-        let space = space.ok_or_else(|| format!("merge {index} is {merge:?}, expected two parts"))?;
-        let parts @ [left, right] = [&merge[..space], &merge[space + 1..]];
-        joined.clear();
-        joined.extend(parts);
-        let id = |part: &str| {
-            ids.get(part)
-                .copied()
-                .ok_or_else(|| format!("merge {index} is {merge:?} and {part:?} is not a token"))
-        };
-        Ok(Merge { parts, ids: (id(left)?, id(right)?, id(&joined)?) })
-    };
-    tables.merges.iter().enumerate().map(split).collect()
-}
-
-/// What is cut out of a text before it is merged.
-fn added_tokens(tables: &GgufTokenizer) -> impl Iterator<Item = (u32, AddedToken)> {
-    (0..).zip(tables.tokens.iter().zip(&tables.token_types)).filter_map(|(id, (text, kind))| {
-        let special = match kind {
-            TokenType::Control | TokenType::Unknown => true,
-            TokenType::UserDefined => false,
-            TokenType::Normal | TokenType::Unused | TokenType::Byte => return None,
-        };
-        (!text.is_empty()).then(|| (id, AddedToken::from(text.clone(), special).normalized(false)))
-    })
 }
