@@ -14,6 +14,7 @@ use tune_formats::{BaseModel, GgufTokenizer, SpecialTokens, TokenType, Tokenizer
 use unicode_normalization_alignments::is_nfc;
 
 use crate::byte_level_bpe::ByteLevelBpe;
+use crate::fingerprint::Fingerprint;
 use crate::gguf_bpe::GgufBpe;
 use crate::sentencepiece::SentencePiece;
 use crate::vocabulary::{Spelling, StreamDecoder, Vocabulary};
@@ -35,6 +36,7 @@ pub struct Tokenizer {
     engine: Engine,
     vocabulary: Vocabulary,
     special: SpecialTokens,
+    fingerprint: [u8; 32],
 }
 
 enum Engine {
@@ -83,7 +85,8 @@ impl Tokenizer {
             }
             TokenizerFiles::Gguf(tables) => from_gguf(&with_roles(tables, special), model)?,
         };
-        Ok(Self { engine, vocabulary, special: special.clone() })
+        let fingerprint = fingerprint(files, special, model);
+        Ok(Self { engine, vocabulary, special: special.clone(), fingerprint })
     }
 
     /// Token ids of `text`, without BOS or EOS.
@@ -162,6 +165,11 @@ impl Tokenizer {
         id.map(|id| String::from_utf8_lossy(self.vocabulary.bytes(id)).into_owned())
     }
 
+    /// Differs between tokenizers that differ in any way.
+    pub(crate) fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
     fn tokens(&self, text: &str, special: bool) -> Result<Vec<Token>, DataError> {
         match &self.engine {
             Engine::ByteLevel(engine) => Ok(engine.encode(text, special)),
@@ -209,6 +217,36 @@ pub fn gguf_tokenizer_json(base: &BaseModel) -> Result<Option<String>, DataError
         Some(bpe) => bpe.tokenizer().and_then(|tokenizer| tokenizer.to_string(true)).ok(),
         None => None,
     })
+}
+
+/// Everything that the parameters of [`Tokenizer::new`] say. A `tokenizer.json` that can no longer be read is known by
+/// its path alone; it has just been read.
+fn fingerprint(files: &TokenizerFiles, special: &SpecialTokens, model: &str) -> [u8; 32] {
+    let mut print = Fingerprint::new();
+    print.value(&(special, model));
+    match files {
+        TokenizerFiles::Json { tokenizer_json, .. } => {
+            print.value(tokenizer_json).part(&std::fs::read(tokenizer_json).unwrap_or_default());
+        }
+        TokenizerFiles::Gguf(GgufTokenizer {
+            model,
+            pre,
+            tokens,
+            token_types,
+            scores,
+            merges,
+            unk,
+            add_bos,
+            add_eos,
+            add_space_prefix,
+        }) => {
+            print.value(&(model, pre, unk, add_bos, add_eos, add_space_prefix)).list(tokens).list(merges);
+            let types: Vec<u8> = token_types.iter().map(|kind| *kind as u8).collect();
+            let scores: Vec<_> = scores.iter().map(|score| score.to_le_bytes()).collect();
+            print.part(&types).part(scores.as_flattened());
+        }
+    }
+    print.finish()
 }
 
 /// The tables with the kinds that engines give to some tokens by their text: what ends a generation is a control

@@ -152,3 +152,76 @@ impl<'de> Deserialize<'de> for LongestKey {
         deserializer.deserialize_any(Keys)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use unicode_normalization_alignments::is_nfc;
+
+    use super::*;
+
+    const TEXT: &str = include_str!("../../../tests/parity/tokenizer/mixed.txt");
+
+    /// The tokenizer of a test model with some parts changed, and the engine for it.
+    fn with(change: impl Fn(&mut Value)) -> (Tokenizer, Option<ByteLevelBpe>) {
+        let file = include_str!("../../../tests/parity/models/llama-tied/tokenizer.json");
+        let mut json: Value = serde_json::from_str(file).unwrap();
+        change(&mut json);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        let (tokenizer, merges) = load(&path).unwrap();
+        let engine = byte_level_bpe(&tokenizer, &merges);
+        (tokenizer, engine)
+    }
+
+    fn split(expression: &str) -> Value {
+        let split = json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
+        let spelling =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        json!({"type": "Sequence", "pretokenizers": [split, spelling]})
+    }
+
+    #[test]
+    fn what_byte_level_models_have_gets_the_fast_engine() {
+        let added = json!({
+            "id": 320, "content": " and", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": true, "special": false
+        });
+        let changes: [&dyn Fn(&mut Value); 6] = [
+            &|_| {},
+            &|json| json["pre_tokenizer"] = split(r"\p{N}{1,3}| ?\p{L}+|\s+(?!\S)|\s+"),
+            &|json| json["pre_tokenizer"] = split(r"\s"),
+            &|json| json["model"]["ignore_merges"] = true.into(),
+            &|json| json["normalizer"] = json!({"type": "NFC"}),
+            &|json| json["added_tokens"].as_array_mut().unwrap().push(added.clone()),
+        ];
+        for change in changes {
+            let (tokenizer, engine) = with(change);
+            let engine = engine.expect("fast");
+            // what a normaliser would change never gets here
+            for line in TEXT.lines().filter(|line| is_nfc(line)) {
+                let ids: Vec<u32> = engine.encode(line, true).into_iter().map(|token| token.id).collect();
+                assert_eq!(ids, tokenizer.encode(line, false).unwrap().get_ids(), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn everything_else_stays_with_the_tokenizers_crate() {
+        let changes: [&dyn Fn(&mut Value); 6] = [
+            &|json| json["pre_tokenizer"] = split(r"a(?=b)"),
+            &|json| json["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = true.into(),
+            &|json| json["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = false.into(),
+            &|json| json["added_tokens"][2]["lstrip"] = true.into(),
+            &|json| json["model"]["dropout"] = 0.5.into(),
+            &|json| {
+                json["model"]["byte_fallback"] = true.into();
+                json["model"]["vocab"].as_object_mut().unwrap().remove("ÿ");
+            },
+        ];
+        for (index, change) in changes.into_iter().enumerate() {
+            assert!(with(change).1.is_none(), "change {index}");
+        }
+    }
+}
