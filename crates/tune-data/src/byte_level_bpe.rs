@@ -82,7 +82,7 @@ impl ByteLevelBpe {
         Some(Self {
             added: added_tokens(added)?,
             cuts,
-            merges: Merges::new(bytes, merges, whole),
+            merges: Merges::new(&bytes, merges, whole),
             lengths,
             idle: Mutex::default(),
         })

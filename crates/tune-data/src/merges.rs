@@ -57,13 +57,13 @@ const NONE: u32 = u32::MAX;
 impl Merges {
     /// `pairs`: left, right and result, in the order of their ranks; the last of equal pairs counts.
     pub(crate) fn new(
-        bytes: [Option<u32>; 256],
+        bytes: &[Option<u32>; 256],
         pairs: impl ExactSizeIterator<Item = (u32, u32, u32)>,
         whole: FxHashMap<Box<[u8]>, u32>,
     ) -> Self {
         let mut ranks = FxHashMap::with_capacity_and_hasher(pairs.len(), rustc_hash::FxBuildHasher);
         ranks.extend(pairs.zip(0..).map(|((left, right, result), rank)| ((left, right), (rank, result))));
-        Self { bytes, pairs: ranks, whole }
+        Self { bytes: *bytes, pairs: ranks, whole }
     }
 
     /// The byte has a token.
@@ -151,7 +151,7 @@ mod tests {
     fn merges(pairs: &[(u32, u32)]) -> Merges {
         let results = (256..).zip(pairs).map(|(id, (left, right))| (*left, *right, id));
         Merges::new(
-            std::array::from_fn(|byte| (byte != usize::from(b'x')).then_some(byte as u32)),
+            &std::array::from_fn(|byte| (byte != usize::from(b'x')).then_some(byte as u32)),
             results.collect::<Vec<_>>().into_iter(),
             FxHashMap::default(),
         )

@@ -77,9 +77,9 @@ impl Tokenizer {
                 let engine = match (byte_level, tokenizer.get_normalizer()) {
                     (Some(engine), None) => Engine::ByteLevel(Box::new(engine)),
                     (Some(engine), Some(NormalizerWrapper::NFC(_))) => {
-                        HuggingFace::new(tokenizer, Some(engine))
+                        HuggingFace::engine(tokenizer, Some(engine))
                     }
-                    _ => HuggingFace::new(tokenizer, None),
+                    _ => HuggingFace::engine(tokenizer, None),
                 };
                 (engine, vocabulary)
             }
@@ -180,7 +180,7 @@ impl Tokenizer {
 }
 
 impl HuggingFace {
-    fn new(tokenizer: tokenizers::Tokenizer, composed: Option<ByteLevelBpe>) -> Engine {
+    fn engine(tokenizer: tokenizers::Tokenizer, composed: Option<ByteLevelBpe>) -> Engine {
         Engine::HuggingFace(Box::new(Self { tokenizer, plain: OnceLock::new(), composed }))
     }
 
@@ -275,7 +275,7 @@ fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary)
     };
     let engine = match bpe.byte_level() {
         Some(engine) => Engine::ByteLevel(Box::new(engine)),
-        None => HuggingFace::new(bpe.tokenizer().map_err(|error| invalid(error.to_string()))?, None),
+        None => HuggingFace::engine(bpe.tokenizer().map_err(|error| invalid(error.to_string()))?, None),
     };
     let spelling = if bpe.is_byte_level() { Spelling::ByteLevel } else { Spelling::SentencePiece };
     Ok((engine, Vocabulary::from_gguf(tables, spelling)))
