@@ -138,7 +138,7 @@ impl Job<'_> {
             template.as_ref()?.render(&messages, None, add_generation_prompt).ok()
         };
         let tokenizer_json = match (&self.base.source, target) {
-            (Source::Gguf(_), ExportTarget::Safetensors) => self.tokenizer.to_json(),
+            (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
             _ => None,
         };
         let options = ExportOptions {
