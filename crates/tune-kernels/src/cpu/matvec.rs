@@ -131,15 +131,16 @@ impl InstructionSet {
     }
 
     fn run<const M: usize>(self, job: Job, x: [&[Line]; M]) {
-        match self {
-            Self::Portable => portable(job, x),
-            // SAFETY: the processor was asked for every feature that these functions are compiled for.
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Self::Avx2 => unsafe { avx2(job, x) },
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code)]
-            Self::Avx512 => unsafe { avx512(job, x) },
+        // SAFETY: a value of this type is made in `available` only, which asks the processor.
+        #[allow(unsafe_code)]
+        unsafe {
+            match self {
+                Self::Portable => portable(job, x),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2 => avx2(job, x),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512 => avx512(job, x),
+            }
         }
     }
 }
@@ -147,9 +148,16 @@ impl InstructionSet {
 /// The functions of one instruction set: one for every storage type, and the choice between them.
 macro_rules! of_instruction_set {
     ($(#[$meta:meta])* $name:ident, $lanes:ty) => {
-        fn $name<const M: usize>(job: Job, x: [&[Line]; M]) {
+        /// # Safety
+        /// The processor has the instruction set.
+        #[allow(unsafe_code)]
+        unsafe fn $name<const M: usize>(job: Job, x: [&[Line]; M]) {
             $(#[$meta])*
-            fn block_rows<B: Block<BYTES>, const BYTES: usize, const M: usize>(job: Job, bytes: &[u8], x: [&[Line]; M]) {
+            fn block_rows<B: Block<BYTES>, const BYTES: usize, const M: usize>(
+                job: Job,
+                bytes: &[u8],
+                x: [&[Line]; M],
+            ) {
                 times_block_rows::<$lanes, B, BYTES, M>(job, bytes, x);
             }
             $(#[$meta])*
