@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use tune_kernels::{
-    AttentionSpan, FrozenVector, FrozenWeight, RotaryTable, causal_attention, frozen_linear,
+    Arithmetic, AttentionSpan, FrozenVector, FrozenWeight, RotaryTable, causal_attention, frozen_linear,
     linear_cross_entropy, lora_linear, rms_norm, rope, swiglu, token_losses,
 };
 use tune_quant::{BlockType, RowOrder, StoredMatrix};
@@ -80,10 +80,10 @@ fn main() {
         let x = random([256, D_MODEL]);
         let tracked = [x.clone().autodiff().require_grad()];
         let loss = |x: &[Tensor<2>]| {
-            linear_cross_entropy(x[0].clone(), &head, targets.clone(), 1.0, 256).reshape([1, 1])
+            linear_cross_entropy(x[0].clone(), &head, targets.clone(), 1.0, 256, Arithmetic::F32).reshape([1, 1])
         };
         let graph = forward(&tracked, loss) + backward(&tracked, loss);
-        let plain = best(|| drop(black_box(token_losses(x.clone(), &head, &targets))));
+        let plain = best(|| drop(black_box(token_losses(x.clone(), &head, &targets, Arithmetic::F32))));
         println!("{block_type:?}\tgemm {:.1}  {:.1}  {:.1}", bare * 1e3, graph * 1e3, plain * 1e3);
     }
 

@@ -11,9 +11,11 @@ mod matmul;
 mod matvec;
 mod panels;
 
-pub(crate) use buffer::{SharedSlots, Unwritten, as_slots, with_scratch};
+pub(crate) use buffer::{SharedSlots, Unwritten, Value, as_slots, with_scratch};
 pub(crate) use flex::{contiguous, from_values, values};
-pub(crate) use math::{dot, dot3, exp, exp_sum, max, scale_in_place, sum_of_exp};
+pub(crate) use math::{
+    LANES, add_lanes, dot, dot3, exp, exp_sum, exp2_for_bf16, max, scale_in_place, sum_of_exp,
+};
 pub(crate) use matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
 pub(crate) use panels::{for_each_panel, panel_rows, times, times_transposed};
 

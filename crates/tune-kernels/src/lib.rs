@@ -13,16 +13,19 @@
 //! ([`FrozenWeight`], [`FrozenVector`], [`RotaryTable`]), so it serves both kinds and is shared, not copied.
 //! Results are the same bits with any number of threads: every sum has a fixed order.
 
+mod adamw;
 mod cpu;
 mod embedding;
 mod frozen;
 
 pub mod attention;
+pub mod bf16;
 pub mod frozen_linear;
 pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
+mod seed_gradient;
 pub mod swiglu;
 
 #[cfg(test)]
@@ -30,6 +33,17 @@ mod determinism;
 #[cfg(test)]
 mod testing;
 
+/// In what the factors of matrix products are multiplied. Sums are always `f32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// Everything in `f32`.
+    #[default]
+    F32,
+    /// Factors rounded to `bf16`.
+    Bf16,
+}
+
+pub use adamw::{AdamWFactors, adamw, sum_of_squares};
 pub use attention::{AttentionSpan, causal_attention};
 pub use embedding::embedding;
 pub use frozen::{FrozenVector, FrozenWeight};
@@ -38,4 +52,5 @@ pub use linear_cross_entropy::{linear_cross_entropy, token_losses};
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryTable, rope};
+pub use seed_gradient::seed_gradient;
 pub use swiglu::swiglu;

@@ -23,7 +23,7 @@ use burn::tensor::{Int, Shape, Tensor, TensorData, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::FrozenWeight;
+use crate::{Arithmetic, FrozenWeight, bf16};
 use crate::cpu::{
     self, Target, Threads, Unwritten, View, as_slots, exp, for_each_panel, max, multiply, multiply_add,
     panel_rows, sum_of_exp, vectorised, with_scratch,
@@ -31,8 +31,8 @@ use crate::cpu::{
 
 /// `scale · Σ -log softmax(x Wᵀ)[target]` over all rows of `x`.
 ///
-/// `chunk` rows of `x` are done at a time. With a graph, a buffer of `chunk · vocab` floats is needed, and the
-/// head is decoded twice for each chunk: fewer rows take less memory and more time.
+/// `chunk` rows of `x` are done at a time. With a graph, a buffer of `chunk · vocab` values (`f32` or `bf16`) is
+/// needed, and the head is decoded twice for each chunk: fewer rows take less memory and more time.
 ///
 /// # Shapes
 /// `x` `[tokens, d_model]`, `head` `[vocab, d_model]`, `targets` `[tokens]` -> `[1]`
@@ -45,12 +45,19 @@ pub fn linear_cross_entropy(
     targets: Arc<[u32]>,
     scale: f32,
     chunk: usize,
+    arithmetic: Arithmetic,
 ) -> Tensor<1> {
     assert_inputs("linear_cross_entropy", x.dims(), head, &targets);
     assert!(chunk > 0, "linear_cross_entropy: chunks of 0 tokens");
     let x = x.into_dispatch();
-    let loss = <Dispatch as LinearCrossEntropy>::linear_cross_entropy(x, head.clone(), targets, scale, chunk);
-    Tensor::from_dispatch(loss)
+    Tensor::from_dispatch(<Dispatch as LinearCrossEntropy>::linear_cross_entropy(
+        x,
+        head.clone(),
+        targets,
+        scale,
+        chunk,
+        arithmetic,
+    ))
 }
 
 /// `-log softmax(x Wᵀ)[target]` of each row of `x`, without a graph and without a buffer of `vocab` floats a row.
@@ -60,10 +67,15 @@ pub fn linear_cross_entropy(
 ///
 /// # Panics
 /// When the shapes do not agree, or a target is not below `vocab`.
-pub fn token_losses(x: Tensor<2>, head: &FrozenWeight, targets: &[u32]) -> Vec<f32> {
+pub fn token_losses(
+    x: Tensor<2>,
+    head: &FrozenWeight,
+    targets: &[u32],
+    arithmetic: Arithmetic,
+) -> Vec<f32> {
     assert_inputs("token_losses", x.dims(), head, targets);
     let x = x.inner().into_dispatch();
-    let losses = <Dispatch as LinearCrossEntropy>::token_losses(x, head.clone(), targets.into());
+    let losses = <Dispatch as LinearCrossEntropy>::token_losses(x, head.clone(), targets.into(), arithmetic);
     Tensor::<1>::from_dispatch(losses).into_data().iter::<f32>().collect()
 }
 
@@ -98,8 +110,14 @@ pub(crate) trait LinearCrossEntropy: Backend {
         targets: Arc<[u32]>,
         scale: f32,
         chunk: usize,
+        arithmetic: Arithmetic,
     ) -> FloatTensor<Self>;
-    fn token_losses(x: FloatTensor<Self>, head: FrozenWeight, targets: Arc<[u32]>) -> FloatTensor<Self>;
+    fn token_losses(
+        x: FloatTensor<Self>,
+        head: FrozenWeight,
+        targets: Arc<[u32]>,
+        arithmetic: Arithmetic,
+    ) -> FloatTensor<Self>;
 }
 
 /// The kernels of one backend.
@@ -111,6 +129,7 @@ pub(crate) trait LinearCrossEntropyKernels: LinearCrossEntropy {
         targets: &[u32],
         scale: f32,
         chunk: usize,
+        arithmetic: Arithmetic,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 }
 
@@ -124,14 +143,26 @@ impl LinearCrossEntropy for Flex {
         targets: Arc<[u32]>,
         scale: f32,
         _: usize,
+        arithmetic: Arithmetic,
     ) -> FlexTensor {
-        let losses = Self::token_losses(x, head, targets);
+        let losses = Self::token_losses(x, head, targets, arithmetic);
         cpu::from_values(vec![scaled_sum(cpu::values(&losses), scale)], [1])
     }
 
-    fn token_losses(x: FlexTensor, head: FrozenWeight, targets: Arc<[u32]>) -> FlexTensor {
+    fn token_losses(
+        x: FlexTensor,
+        head: FrozenWeight,
+        targets: Arc<[u32]>,
+        arithmetic: Arithmetic,
+    ) -> FlexTensor {
         let x = cpu::contiguous(x);
         let [tokens, d_model] = x.shape().dims();
+        if arithmetic == Arithmetic::Bf16 {
+            let x = cpu::values(&x);
+            let (losses, _) =
+                bf16::cross_entropy::loss_and_gradient(x, head.matrix(), &targets, None, ROWS_WITHOUT_GRAPH);
+            return cpu::from_values(losses, [tokens]);
+        }
         let mut losses = vec![0.0; tokens];
         let chunks = cpu::values(&x)
             .chunks(ROWS_WITHOUT_GRAPH * d_model)
@@ -163,9 +194,17 @@ impl LinearCrossEntropyKernels for Flex {
         targets: &[u32],
         scale: f32,
         chunk: usize,
+        arithmetic: Arithmetic,
     ) -> (FlexTensor, FlexTensor) {
         let x = cpu::contiguous(x);
         let ([tokens, d_model], vocab) = (x.shape().dims(), head.rows());
+        if arithmetic == Arithmetic::Bf16 {
+            let x = cpu::values(&x);
+            let (losses, dx) =
+                bf16::cross_entropy::loss_and_gradient(x, head.matrix(), targets, Some(scale), chunk);
+            let loss = scaled_sum(&losses, scale);
+            return (cpu::from_values(vec![loss], [1]), cpu::from_values(dx, [tokens, d_model]));
+        }
         let mut losses = vec![0.0; tokens];
         let mut dx = Unwritten::new(tokens * d_model);
         let mut logits = vec![0.0; chunk.min(tokens) * vocab];
@@ -278,19 +317,27 @@ impl<B: LinearCrossEntropyKernels, C: CheckpointStrategy> LinearCrossEntropy for
         targets: Arc<[u32]>,
         scale: f32,
         chunk: usize,
+        arithmetic: Arithmetic,
     ) -> FloatTensor<Self> {
         let (x, node) = x.into_parts();
         match LinearCrossEntropyBackward.prepare::<C>([node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let (loss, dx) = B::loss_and_gradient(x, &head, &targets, scale, chunk);
+                let (loss, dx) = B::loss_and_gradient(x, &head, &targets, scale, chunk, arithmetic);
                 prep.finish(dx, loss)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::linear_cross_entropy(x, head, targets, scale, chunk)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::linear_cross_entropy(x, head, targets, scale, chunk, arithmetic))
+            }
         }
     }
 
-    fn token_losses(x: FloatTensor<Self>, head: FrozenWeight, targets: Arc<[u32]>) -> FloatTensor<Self> {
-        Self::from_inner(B::token_losses(x.into_primitive(), head, targets))
+    fn token_losses(
+        x: FloatTensor<Self>,
+        head: FrozenWeight,
+        targets: Arc<[u32]>,
+        arithmetic: Arithmetic,
+    ) -> FloatTensor<Self> {
+        Self::from_inner(B::token_losses(x.into_primitive(), head, targets, arithmetic))
     }
 }
 
@@ -315,6 +362,7 @@ mod tests {
     use tune_quant::{BlockType, StoredMatrix};
 
     use super::*;
+    use crate::Arithmetic::F32;
     use crate::testing::{assert_close, assert_gradients, frozen, random, uniform, values};
 
     fn targets(tokens: usize, vocab: usize) -> Arc<[u32]> {
@@ -325,12 +373,12 @@ mod tests {
         let targets = targets(tokens, head.rows());
         assert_gradients(
             &[random(1, [tokens, head.cols()])],
-            |x| linear_cross_entropy(x[0].clone(), head, targets.clone(), 0.3, chunk).reshape([1, 1]),
+            |x| linear_cross_entropy(x[0].clone(), head, targets.clone(), 0.3, chunk, F32).reshape([1, 1]),
             |x| reference(x[0].clone(), head, &targets).sum().mul_scalar(0.3).reshape([1, 1]),
         );
         let x = random(1, [tokens, head.cols()]) * 3.0;
         let want = values(reference(x.clone(), head, &targets));
-        assert_close("losses", &token_losses(x, head, &targets), &want, 1e-5);
+        assert_close("losses", &token_losses(x, head, &targets, F32), &want, 1e-5);
     }
 
     #[test]
@@ -356,14 +404,37 @@ mod tests {
         assert_equals_the_reference(2100, &frozen(BlockType::F32, [11, 4]), 500);
     }
 
+    /// Rounding x, W and the gradient of the logits to `bf16` costs about 2⁻⁸ of each.
+    #[test]
+    fn with_bf16_factors() {
+        for (tokens, vocab, d_model, chunk) in [(1, 40, 8_usize, 8), (50, 1000, 64, 16), (33, 517, 96, 100)] {
+            let head = frozen(BlockType::Q8_0, [vocab, d_model.next_multiple_of(32)]);
+            let x = random(1, [tokens, head.cols()]) * 0.5;
+            let targets = targets(tokens, vocab);
+            let run = |arithmetic| {
+                let tracked = x.clone().autodiff().require_grad();
+                let loss =
+                    linear_cross_entropy(tracked.clone(), &head, targets.clone(), 0.3, chunk, arithmetic);
+                let gradient = tracked.grad(&loss.backward()).expect("gradient of x");
+                let losses = token_losses(x.clone(), &head, &targets, arithmetic);
+                let total = losses.iter().sum::<f32>() * 0.3;
+                assert!((values(loss.inner())[0] - total).abs() < 1e-3 * total);
+                (losses, values(gradient))
+            };
+            let ((losses, gradient), (want_losses, want_gradient)) = (run(Arithmetic::Bf16), run(F32));
+            assert_close("losses", &losses, &want_losses, 1e-2);
+            assert_close("gradient", &gradient, &want_gradient, 2e-2);
+        }
+    }
+
     #[test]
     fn no_tokens_give_no_loss() {
         let head = frozen(BlockType::F32, [5, 4]);
         let x = random(1, [0, 4]);
-        assert_eq!(values(linear_cross_entropy(x.clone(), &head, [].into(), 1.0, 8)), [0.0]);
+        assert_eq!(values(linear_cross_entropy(x.clone(), &head, [].into(), 1.0, 8, F32)), [0.0]);
         let tracked = x.clone().autodiff().require_grad();
-        assert_eq!(values(linear_cross_entropy(tracked, &head, [].into(), 1.0, 8).inner()), [0.0]);
-        assert!(token_losses(x, &head, &[]).is_empty());
+        assert_eq!(values(linear_cross_entropy(tracked, &head, [].into(), 1.0, 8, F32).inner()), [0.0]);
+        assert!(token_losses(x, &head, &[], F32).is_empty());
     }
 
     #[test]
@@ -371,12 +442,12 @@ mod tests {
         let head = frozen(BlockType::F32, [50, 8]);
         let (x, targets) = (random(1, [6, 8]) * 1e4, targets(6, 50));
         let want = values(reference(x.clone(), &head, &targets));
-        assert_close("losses", &token_losses(x, &head, &targets), &want, 1e-5);
+        assert_close("losses", &token_losses(x, &head, &targets, F32), &want, 1e-5);
     }
 
     #[test]
     #[should_panic(expected = "target 5 in a vocabulary of 5")]
     fn a_target_outside_the_vocabulary_is_refused() {
-        token_losses(random(1, [1, 4]), &frozen(BlockType::F32, [5, 4]), &[5]);
+        token_losses(random(1, [1, 4]), &frozen(BlockType::F32, [5, 4]), &[5], F32);
     }
 }

@@ -10,6 +10,7 @@
 //! Saved: the table, which is shared.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
@@ -53,6 +54,12 @@ impl RotaryTable {
     /// Features of a head: twice the number of frequencies.
     pub fn head_dim(&self) -> usize {
         2 * self.half
+    }
+
+    /// Cosines and sines of the tokens `range`, `[tokens, head_dim / 2]` each.
+    pub(crate) fn angles(&self, range: Range<usize>) -> (&[f32], &[f32]) {
+        let range = range.start * self.half..range.end * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
     }
 
     /// Cosines and sines as tensors `[tokens, 1, head_dim / 2]`.

@@ -8,10 +8,13 @@
 //! Touvron et al. 2023, arXiv 2307.09288; grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
 //! Weights `[d_out, d_in]` under their Hugging Face names, frozen and as stored.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use tune_adapters::{Lora, LoraConfig, Targets};
 use tune_formats::{ModelConfig, Weights};
-use tune_kernels::{FrozenWeight, RotaryTable, causal_attention, embedding, frozen_linear, rope, swiglu};
+use tune_kernels::bf16::{Input, project, self_attention};
+use tune_kernels::{
+    Arithmetic, FrozenWeight, RotaryTable, causal_attention, embedding, frozen_linear, rope, swiglu,
+};
 use tune_quant::StoredMatrix;
 
 use crate::layers::rotary_frequencies;
@@ -27,6 +30,7 @@ pub struct Llama {
     norm: RmsNorm,
     lm_head: FrozenWeight, // [vocab, d_model]; the embedding when tied
     frequencies: Vec<f32>, // [head_dim / 2]
+    arithmetic: Arithmetic,
 }
 
 /// One layer: attention and gated MLP, each behind a norm and beside the residual stream.
@@ -70,7 +74,7 @@ impl Llama {
         quantization: Quantization,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut loader = Loader { config, weights, quantization, device, mismatches: Vec::new() };
+        let mut loader = Loader { config, weights, quantization, mismatches: Vec::new() };
         let (vocab, d_model) = (config.vocab_size, config.hidden_size);
         let embed_tokens = loader.matrix("model.embed_tokens.weight", vocab, d_model)?;
         let blocks =
@@ -92,7 +96,18 @@ impl Llama {
             norm,
             lm_head: lm_head.into(),
             frequencies: rotary_frequencies(config),
+            arithmetic: Arithmetic::F32,
         })
+    }
+
+    /// The same model with other arithmetic in its blocks and its loss; a loaded model computes in `f32`.
+    pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, ..self }
+    }
+
+    /// In what matrix products are made.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
     }
 
     /// Puts a fresh adapter beside every target.
@@ -191,7 +206,7 @@ impl Llama {
     /// What the blocks need besides their input.
     pub fn context(&self, layout: &Layout, dropout: Option<tune_adapters::Dropout>) -> Context {
         let rotary = RotaryTable::new(&layout.positions, &self.frequencies, 1.0);
-        Context { rotary, spans: layout.spans.clone(), dropout }
+        Context { rotary, spans: layout.spans.clone(), dropout, arithmetic: self.arithmetic }
     }
 
     /// The input of the first block, `[tokens, d_model]`.
@@ -239,9 +254,25 @@ impl Block {
     ///
     /// - x, output: `[tokens, d_model]`
     pub fn forward(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
+        if context.arithmetic == Arithmetic::Bf16 {
+            return self.forward_bf16(x, context);
+        }
         let normed = self.input_norm.forward(x.clone());
         let h = x + self.attention.forward(normed, context);
         self.mlp_residual(h, context)
+    }
+
+    /// The same in fused operations; the residual stream stays `f32`.
+    fn forward_bf16(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
+        let Self { attention: a, mlp: m, .. } = self;
+        let [q, k, v] = [&a.q_proj, &a.k_proj, &a.v_proj].map(Linear::layer);
+        let qkv = project(self.input_norm.input(x.clone()), &[q, k, v], None);
+        let [heads, kv_heads] = [&a.q_proj, &a.k_proj].map(|linear| linear.weight.rows() / a.head_dim);
+        let mixed = self_attention(qkv, &context.rotary, context.spans.clone(), heads, kv_heads);
+        let h = project(Input::Plain(mixed), &[a.o_proj.layer()], Some(x));
+        let [gate, up] = [&m.gate_proj, &m.up_proj].map(Linear::layer);
+        let gate_up = project(self.post_attention_norm.input(h.clone()), &[gate, up], None);
+        project(Input::SwiGlu(gate_up), &[m.down_proj.layer()], Some(h))
     }
 
     /// The same block with its adapters as leaves of a fresh autodiff graph.
@@ -337,7 +368,6 @@ struct Loader<'a> {
     config: &'a ModelConfig,
     weights: &'a dyn Weights,
     quantization: Quantization,
-    device: &'a Device,
     mismatches: Vec<String>,
 }
 
@@ -369,8 +399,7 @@ impl Loader<'_> {
         };
         let bias_name = format!("{path}.bias");
         let bias = if self.weights.shape(&bias_name).is_some() {
-            let values = self.vector(&bias_name, d_out)?;
-            Some(Tensor::from_data(TensorData::new(values, [1, d_out]), self.device))
+            Some(self.vector(&bias_name, d_out)?.into())
         } else {
             None
         };

@@ -1,6 +1,6 @@
 //! The storage types of GGUF tensors: names, block geometry, and the way to their codecs.
 
-use crate::{codebook_quants, float, k_quants, legacy_quants};
+use crate::{Decoded, InstructionSet, codebook_quants, float, k_quants, legacy_quants};
 
 /// How the values of a tensor are stored: a block of [`block_len`](Self::block_len) consecutive values of a row
 /// takes [`block_bytes`](Self::block_bytes) bytes.
@@ -133,8 +133,9 @@ impl BlockType {
 
     /// Bytes of a row of `cols` values, or `None` when it is not a whole number of blocks or does not fit `usize`.
     pub const fn row_bytes(self, cols: usize) -> Option<usize> {
-        if cols.is_multiple_of(self.block_len()) {
-            (cols / self.block_len()).checked_mul(self.block_bytes())
+        // a division by a length not known when compiling takes as long as a block; all lengths are powers of two
+        if cols & (self.block_len() - 1) == 0 {
+            (cols >> self.block_len().trailing_zeros()).checked_mul(self.block_bytes())
         } else {
             None
         }
@@ -152,13 +153,18 @@ impl BlockType {
 
     /// Decodes whole blocks: `bytes` holds `out.len() / block_len` blocks.
     ///
-    /// The result is bit-exact with the reference implementation of GGUF, on every processor.
+    /// Into `f32`, the result is bit-exact with the reference implementation of GGUF, on every processor. Into
+    /// `bf16`, it is that value rounded; values stored as BF16 are copied.
     ///
     /// # Panics
     ///
     /// If the lengths do not match.
-    #[allow(unsafe_code)]
-    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+    pub fn decode<T: Decoded>(self, bytes: &[u8], out: &mut [T]) {
+        self.decode_with(InstructionSet::best(), bytes, out);
+    }
+
+    /// [`decode`](Self::decode) by other instructions than the fastest, to compare and to measure.
+    pub fn decode_with<T: Decoded>(self, instructions: InstructionSet, bytes: &[u8], out: &mut [T]) {
         assert_eq!(
             Some(bytes.len()),
             self.row_bytes(out.len()),
@@ -166,12 +172,7 @@ impl BlockType {
             out.len(),
             self.name()
         );
-        #[cfg(target_arch = "x86_64")]
-        if std::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, the only feature the function enables.
-            return unsafe { self.decode_avx2(bytes, out) };
-        }
-        self.decode_portable(bytes, out);
+        instructions.decode(self, bytes, out);
     }
 
     /// Whether [`encode`](Self::encode) knows this type.
@@ -223,16 +224,8 @@ impl BlockType {
         }
     }
 
-    /// [`decode_portable`](Self::decode_portable) compiled for AVX2: the same scalar source, so the same result.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn decode_avx2(self, bytes: &[u8], out: &mut [f32]) {
-        self.decode_portable(bytes, out);
-    }
-
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // one copy per instruction set
-    fn decode_portable(self, bytes: &[u8], out: &mut [f32]) {
+    /// The scalar reference.
+    pub(crate) fn decode_portable(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Self::F32 => float::decode_f32(bytes, out),
             Self::F16 => float::decode_f16(bytes, out),
@@ -255,8 +248,6 @@ impl BlockType {
 }
 
 /// Runs the decoder of one block over all of them; the array types leave no bounds check in the loops.
-#[inline(always)]
-#[allow(clippy::inline_always)] // must take the instruction set of the caller
 fn decode_blocks<const BYTES: usize, const LEN: usize>(
     bytes: &[u8],
     out: &mut [f32],

@@ -5,7 +5,6 @@
 //! Decoding only: the searches that choose scales are not here, so [`BlockType::can_encode`] is false.
 //!
 //! [`BlockType::can_encode`]: crate::BlockType::can_encode
-#![allow(clippy::inline_always)] // block decoders take the instruction set of `BlockType::decode`
 
 use crate::float::half_at;
 
@@ -13,7 +12,7 @@ const LEN: usize = 256;
 
 /// scales\[16\] (low nibble scale, high nibble minimum, one per 16 values) · codes\[64\] · d · dmin.
 /// `v = 128c + 32t + l` is the 2-bit field `t` of `codes[32c + l]`.
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q2_k(block: &[u8; 84], out: &mut [f32; LEN]) {
     let (d, dmin) = (half_at(block, 80), half_at(block, 82));
     let codes: &[u8; 64] = part(block, 16);
@@ -30,7 +29,7 @@ pub(crate) fn decode_q2_k(block: &[u8; 84], out: &mut [f32; LEN]) {
 
 /// high bits\[32\] · low bits\[64\] · scales\[12\] · d. Low bits as in Q2_K; the third bit of `v = 32b + l` is bit
 /// `b` of `high[l]`, and 4 is subtracted where it is clear. 6-bit scales, one per 16 values, less 32.
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q3_k(block: &[u8; 110], out: &mut [f32; LEN]) {
     let d = half_at(block, 108);
     let high: &[u8; 32] = part(block, 0);
@@ -51,7 +50,7 @@ pub(crate) fn decode_q3_k(block: &[u8; 110], out: &mut [f32; LEN]) {
 }
 
 /// d · dmin · scales\[12\] · codes\[128\]. `v = 64c + 32h + l` is nibble `h` of `codes[32c + l]`.
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q4_k(block: &[u8; 144], out: &mut [f32; LEN]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let packed = part(block, 4);
@@ -71,7 +70,7 @@ pub(crate) fn decode_q4_k(block: &[u8; 144], out: &mut [f32; LEN]) {
 
 /// d · dmin · scales\[12\] · fifth bits\[32\] · codes\[128\]. As Q4_K; the fifth bit of `v = 32b + l` is bit `b` of
 /// `fifth[l]`.
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q5_k(block: &[u8; 176], out: &mut [f32; LEN]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let packed = part(block, 4);
@@ -94,7 +93,7 @@ pub(crate) fn decode_q5_k(block: &[u8; 176], out: &mut [f32; LEN]) {
 
 /// low nibbles\[128\] · upper bit pairs\[64\] · i8 scales\[16\] (one per 16 values) · d. `v = 128c + 32t + l`: nibble
 /// `t / 2` of `low[64c + 32(t mod 2) + l]`, upper bits from field `t` of `upper[32c + l]`, less 32.
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q6_k(block: &[u8; 210], out: &mut [f32; LEN]) {
     let d = half_at(block, 208);
     let low: &[u8; 128] = part(block, 0);
@@ -114,7 +113,7 @@ pub(crate) fn decode_q6_k(block: &[u8; 210], out: &mut [f32; LEN]) {
 
 /// The 6-bit scale and minimum of sub-block `k` of Q4_K and Q5_K: the first four lie in the low six bits of bytes
 /// 0..4 and 4..8; the last four have their low nibbles in bytes 8..12 and their upper bits on top of the first.
-#[inline(always)]
+#[inline]
 fn scale_and_min(packed: &[u8; 12], k: usize) -> (f32, f32) {
     let (scale, min) = if k < 4 {
         (packed[k] & 63, packed[k + 4] & 63)
@@ -125,7 +124,7 @@ fn scale_and_min(packed: &[u8; 12], k: usize) -> (f32, f32) {
 }
 
 /// `N` bytes of a block from `start` on.
-#[inline(always)]
+#[inline]
 fn part<const N: usize>(block: &[u8], start: usize) -> &[u8; N] {
     block[start..].first_chunk().expect("a part lies inside its block")
 }

@@ -10,7 +10,6 @@
 //!
 //! Byte j of the codes holds value j in its low nibble and value j + 16 in its high one; bit j of the fifth bits
 //! belongs to value j. Encoding uses the scale before it is rounded to half, as the reference does.
-#![allow(clippy::inline_always)] // block decoders take the instruction set of `BlockType::decode`
 
 use half::f16;
 
@@ -18,7 +17,7 @@ use crate::float::half_at;
 
 const LEN: usize = 32;
 
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q4_0(block: &[u8; 18], out: &mut [f32; LEN]) {
     let d = half_at(block, 0);
     for j in 0..16 {
@@ -28,7 +27,7 @@ pub(crate) fn decode_q4_0(block: &[u8; 18], out: &mut [f32; LEN]) {
     }
 }
 
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q4_1(block: &[u8; 20], out: &mut [f32; LEN]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
     for j in 0..16 {
@@ -38,7 +37,7 @@ pub(crate) fn decode_q4_1(block: &[u8; 20], out: &mut [f32; LEN]) {
     }
 }
 
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q5_0(block: &[u8; 22], out: &mut [f32; LEN]) {
     let d = half_at(block, 0);
     let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
@@ -49,7 +48,7 @@ pub(crate) fn decode_q5_0(block: &[u8; 22], out: &mut [f32; LEN]) {
     }
 }
 
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q5_1(block: &[u8; 24], out: &mut [f32; LEN]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
     let fifth = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
@@ -60,7 +59,7 @@ pub(crate) fn decode_q5_1(block: &[u8; 24], out: &mut [f32; LEN]) {
     }
 }
 
-#[inline(always)]
+#[inline]
 pub(crate) fn decode_q8_0(block: &[u8; 34], out: &mut [f32; LEN]) {
     let d = half_at(block, 0);
     for j in 0..LEN {

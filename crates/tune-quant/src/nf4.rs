@@ -11,6 +11,8 @@
 
 use std::sync::LazyLock;
 
+use crate::{Decoded, InstructionSet};
+
 /// Values that share one scale.
 pub const BLOCK: usize = 64;
 /// Scales that share one nested scale.
@@ -103,36 +105,23 @@ impl Nf4 {
         self.packed.len() + self.absmax_codes.len() + 4 * (self.nested_absmax.len() + 1)
     }
 
-    /// Decodes the values `first_element..first_element + out.len()`.
+    /// Decodes the values `first_element..first_element + out.len()`, exactly or rounded to `bf16`.
     ///
     /// # Panics
     ///
     /// If the range reaches beyond the last value.
-    #[allow(unsafe_code)]
-    pub fn decode(&self, first_element: usize, out: &mut [f32]) {
+    pub fn decode<T: Decoded>(&self, first_element: usize, out: &mut [T]) {
+        self.decode_with(InstructionSet::best(), first_element, out);
+    }
+
+    /// [`decode`](Self::decode) by other instructions than the fastest, to compare and to measure.
+    pub fn decode_with<T: Decoded>(&self, instructions: InstructionSet, first_element: usize, out: &mut [T]) {
         assert!(
             first_element <= self.len && out.len() <= self.len - first_element,
             "values {first_element}..+{} of {}",
             out.len(),
             self.len
         );
-        #[cfg(target_arch = "x86_64")]
-        if std::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, the only feature the function enables.
-            return unsafe { self.decode_avx2(first_element, out) };
-        }
-        self.decode_portable(first_element, out);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn decode_avx2(&self, first_element: usize, out: &mut [f32]) {
-        self.decode_portable(first_element, out);
-    }
-
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // one copy per instruction set
-    fn decode_portable(&self, first_element: usize, out: &mut [f32]) {
         let head_len = (first_element.next_multiple_of(BLOCK) - first_element).min(out.len());
         let (head, rest) = out.split_at_mut(head_len);
         self.decode_part_of_block(first_element, head);
@@ -140,33 +129,42 @@ impl Nf4 {
         let (blocks, tail) = rest.as_chunks_mut::<BLOCK>();
         let packed =
             self.packed[(first_block * BLOCK / 2).min(self.packed.len())..].as_chunks::<{ BLOCK / 2 }>().0;
-        for (b, (block, bytes)) in blocks.iter_mut().zip(packed).enumerate() {
-            let absmax = self.absmax(first_block + b);
-            for (pair, &byte) in block.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
-                let [first, second] = PAIRS[usize::from(byte)];
-                *pair = [first * absmax, second * absmax];
-            }
-        }
+        instructions.decode_nf4(packed, self.scales(first_block), blocks);
         let tail_start = (first_block + blocks.len()) * BLOCK;
         self.decode_part_of_block(tail_start, tail);
     }
 
     /// Decodes a run of values that lies within one block, at any start.
-    fn decode_part_of_block(&self, first_element: usize, out: &mut [f32]) {
-        if out.is_empty() {
+    fn decode_part_of_block<T: Decoded>(&self, first_element: usize, out: &mut [T]) {
+        let Some(scale) = self.scales(first_element / BLOCK).next().filter(|_| !out.is_empty()) else {
             return;
-        }
-        let absmax = self.absmax(first_element / BLOCK);
+        };
         for (i, value) in (first_element..).zip(out) {
-            *value = PAIRS[usize::from(self.packed[i / 2])][i % 2] * absmax;
+            *value = T::from_f32(PAIRS[usize::from(self.packed[i / 2])][i % 2] * scale);
         }
     }
 
-    #[inline(always)]
-    #[allow(clippy::inline_always)]
-    fn absmax(&self, block: usize) -> f32 {
-        dynamic_map()[usize::from(self.absmax_codes[block])] * self.nested_absmax[block / NESTED_BLOCK]
-            + self.offset
+    /// The scales of the blocks from `first_block` on.
+    #[inline]
+    fn scales(&self, first_block: usize) -> impl Iterator<Item = f32> {
+        let map = dynamic_map();
+        let codes = &self.absmax_codes[first_block.min(self.absmax_codes.len())..];
+        codes.iter().zip(first_block..).map(|(&code, block)| {
+            map[usize::from(code)] * self.nested_absmax[block / NESTED_BLOCK] + self.offset
+        })
+    }
+}
+
+/// Decodes whole blocks; the scalar reference.
+pub(crate) fn decode_blocks<T: Decoded>(
+    packed: &[[u8; BLOCK / 2]],
+    scales: impl Iterator<Item = f32>,
+    out: &mut [[T; BLOCK]],
+) {
+    for ((packed, scale), out) in packed.iter().zip(scales).zip(out) {
+        for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
+            *pair = PAIRS[usize::from(byte)].map(|code| T::from_f32(code * scale));
+        }
     }
 }
 

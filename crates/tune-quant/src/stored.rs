@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use crate::nf4::Nf4Quantizer;
-use crate::{BlockType, Nf4};
+use crate::{BlockType, Decoded, InstructionSet, Nf4};
 
 /// A range of bytes owned by something shared: a memory map, or a vector.
 #[derive(Clone)]
@@ -200,14 +200,7 @@ impl StoredMatrix {
     /// Decodes Hugging Face row `row` into `out`, which holds `cols` values.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         debug_assert_eq!(out.len(), self.cols);
-        match &self.storage {
-            Storage::Blocks { block_type, bytes } => {
-                let row_bytes = bytes.len() / self.rows;
-                let start = self.row_order.stored_row(row) * row_bytes;
-                block_type.decode(&bytes[start..start + row_bytes], out);
-            }
-            Storage::Nf4(nf4) => nf4.decode(row * self.cols, out),
-        }
+        self.decode_with(InstructionSet::best(), row, 0..self.cols, out);
     }
 
     /// Values that are decoded together: ranges of columns begin and end at multiples of it.
@@ -224,22 +217,27 @@ impl StoredMatrix {
     /// many values.
     pub fn decode_bf16(&self, row: usize, cols: Range<usize>, out: &mut [bf16]) {
         debug_assert_eq!(out.len(), cols.len());
-        let mut values = [0.0; 256];
-        for start in cols.clone().step_by(256) {
-            let part = start..cols.end.min(start + 256);
-            let values = &mut values[..part.len()];
-            match &self.storage {
-                Storage::Blocks { block_type, bytes } => {
-                    let row_bytes = bytes.len() / self.rows;
-                    let row_start = self.row_order.stored_row(row) * row_bytes;
-                    let byte_of =
-                        |col: usize| row_start + col / block_type.block_len() * block_type.block_bytes();
-                    block_type.decode(&bytes[byte_of(part.start)..byte_of(part.end)], values);
-                }
-                Storage::Nf4(nf4) => nf4.decode(row * self.cols + part.start, values),
+        self.decode_with(InstructionSet::best(), row, cols, out);
+    }
+
+    /// Decodes the columns `cols` of row `row` by the instructions given, to compare and to measure; as
+    /// [`decode_bf16`](Self::decode_bf16) or as [`decode_row`](Self::decode_row).
+    pub fn decode_with<T: Decoded>(
+        &self,
+        instructions: InstructionSet,
+        row: usize,
+        cols: Range<usize>,
+        out: &mut [T],
+    ) {
+        match &self.storage {
+            Storage::Blocks { block_type, bytes } => {
+                assert!(cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+                let row_start = self.row_order.stored_row(row) * self.cols;
+                let byte_of =
+                    |col| block_type.row_bytes(row_start + col).expect("columns begin and end with a block");
+                block_type.decode_with(instructions, &bytes[byte_of(cols.start)..byte_of(cols.end)], out);
             }
-            let out = &mut out[part.start - cols.start..];
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(*value));
+            Storage::Nf4(nf4) => nf4.decode_with(instructions, row * self.cols + cols.start, out),
         }
     }
 }

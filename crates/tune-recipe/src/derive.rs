@@ -2,7 +2,7 @@
 
 use crate::error::{Problem, RecipeError};
 use crate::origin::Origin;
-use crate::spec::{Method, Quantization, RunSpec};
+use crate::spec::{Dtype, Method, Quantization, RunSpec};
 use crate::values::{Layers, TargetModules};
 
 /// What is known of the base model once its header has been read.
@@ -86,6 +86,13 @@ impl RunSpec {
         if problems.is_empty() { Ok(()) } else { Err(RecipeError::Unsuited { problems }) }
     }
 
+    /// Takes `fastest`, the type that this machine multiplies fastest, unless the recipe names one.
+    pub fn prefer_dtype(&mut self, fastest: Dtype) {
+        if !self.origins.is_written("model.dtype") {
+            self.model.dtype = fastest;
+        }
+    }
+
     /// Sequences × longest sequence: the most tokens that go through the model at once.
     pub fn micro_batch_tokens(&self) -> usize {
         self.train.micro_batch_size.saturating_mul(self.data_options.sequence_len)
@@ -135,7 +142,7 @@ impl RunSpec {
             self.train.learning_rate = rate;
             self.auto("train.learning_rate", reason);
         }
-        self.auto("train.gradient_checkpointing", "saves memory, costs about a seventh of the speed");
+        self.auto("train.gradient_checkpointing", "as many blocks as fit in the budget keep their activations");
         self.derive_batch()
     }
 

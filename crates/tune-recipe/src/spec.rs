@@ -56,7 +56,8 @@ pub struct Run {
 pub struct Model {
     /// Required. Catalogue alias, directory, `.gguf` file, `ollama:NAME[:TAG]` or `hf:OWNER/REPO[@REV]`.
     pub base: String,
-    /// Type in which activations are computed. "auto" is `f32`.
+    /// Type in which activations are computed. "auto" is `bf16` where the processor multiplies it faster than
+    /// `f32`, else `f32`.
     pub dtype: Dtype,
     /// What happens to the base's weights on load. "auto" is `nf4` for a 16-bit base under QLoRA, else `keep`.
     pub quantization: Quantization,
@@ -69,6 +70,9 @@ pub enum Dtype {
     /// 32-bit floats.
     #[default]
     F32,
+    /// 16-bit brain floats in matrix products and between operations; sums, norms, losses, adapters and their
+    /// gradients stay 32-bit.
+    Bf16,
 }
 
 /// What happens to the base's weights on load.
@@ -261,7 +265,8 @@ pub struct Train {
     pub adam_epsilon: f64,
     /// Longest L2 norm of the gradient of all trained parameters together; `0` does not clip.
     pub max_grad_norm: f64,
-    /// Keep only each block's input and run the block again in backward. "auto" is `true`.
+    /// Keep only each block's input and run the block again in backward. "auto" does so for as few blocks as the
+    /// memory budget allows.
     pub gradient_checkpointing: bool,
     /// Seed of initialisation, shuffling, dropout and the validation split.
     pub seed: u64,

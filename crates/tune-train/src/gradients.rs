@@ -4,26 +4,28 @@
 //! L = scale · Σ −log p(target)      over the trained positions of the micro-batch
 //! ```
 //!
-//! With block checkpointing (Chen et al. 2016, arXiv 1604.06174) the forward pass keeps each block's input and
-//! no graph; backward runs one block at a time again with a graph, last to first, and injects the gradient of
-//! its output as the sum Σ y ⊙ dL/dy, whose gradient is dL/dy. Blocks below the lowest adapter need neither.
+//! Each block has a graph of its own, and backward takes them last to first. With block checkpointing (Chen et al.
+//! 2016, arXiv 1604.06174) only the last blocks keep theirs; of the others the input is kept, and their forward
+//! pass runs again with a graph when backward comes to them. By then the graphs behind them are gone, so the peak
+//! is one block above what is kept. Blocks below the lowest adapter need neither.
 
 use burn::tensor::{Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
-use tune_kernels::linear_cross_entropy;
+use tune_kernels::{Arithmetic, linear_cross_entropy, seed_gradient};
 use tune_models::{Block, Context, Layout, Llama};
 
-/// Rows of the hidden states that go through the head at once.
+/// Rows of the hidden states that go through the head at once in `f32`.
 const LOSS_CHUNK: usize = 128;
 
 /// Returns the loss, scaled, and the gradients of A and B of every adapter, in the order of
-/// [`Llama::adapters_mut`]. A micro-batch without a trained token has loss 0 and no gradients.
+/// [`Llama::adapters_mut`]. The last `kept_blocks` blocks keep their graph, the others are run twice. A micro-batch
+/// without a trained token has loss 0 and no gradients.
 pub fn loss_and_gradients(
     model: &Llama,
     batch: &MicroBatch,
     scale: f64,
-    checkpointing: bool,
+    kept_blocks: usize,
     dropout: Option<Dropout>,
 ) -> (f64, Vec<Tensor<2>>) {
     let lowest = model.blocks().iter().position(Block::is_adapted);
@@ -34,39 +36,35 @@ pub fn loss_and_gradients(
     let context = model.context(&Layout::documents(&batch.documents), dropout);
     let (frozen, adapted) = model.blocks().split_at(lowest);
     let input = frozen.iter().fold(model.embed(&batch.input_ids), |x, block| block.forward(x, &context));
-    if checkpointing {
-        block_by_block(model, adapted, input, &context, trained, scale)
-    } else {
-        in_one_graph(model, adapted, input, &context, trained, scale)
-    }
-}
 
-fn block_by_block(
-    model: &Llama,
-    blocks: &[Block],
-    input: Tensor<2>,
-    context: &Context,
-    trained: Trained,
-    scale: f64,
-) -> (f64, Vec<Tensor<2>>) {
-    let mut inputs = Vec::with_capacity(blocks.len());
-    let output = blocks.iter().fold(input, |x, block| {
-        inputs.push(x.clone());
-        block.forward(x, context)
+    let mut kept = Vec::with_capacity(adapted.len());
+    let first_graph = adapted.len().saturating_sub(kept_blocks);
+    let output = adapted.iter().enumerate().fold(input, |x, (i, block)| {
+        if i < first_graph {
+            kept.push(Kept::Input(x.clone()));
+            block.forward(x, &context)
+        } else {
+            let graph = Graph::of(block, x, &context, i > 0);
+            let y = graph.y.clone().inner();
+            kept.push(Kept::Graph(graph));
+            y
+        }
     });
 
     let hidden = output.autodiff().require_grad();
     let loss = trained.loss(model, hidden.clone(), scale);
     let value = f64::from(loss.clone().into_scalar::<f32>());
     let mut upstream = hidden.grad_remove(&mut loss.backward());
+    drop((hidden, loss));
 
-    let mut gradients = Vec::with_capacity(blocks.len());
-    for (block, input) in blocks.iter().zip(inputs).rev() {
+    let mut gradients = Vec::with_capacity(adapted.len());
+    for (i, (block, kept)) in adapted.iter().zip(kept).enumerate().rev() {
         let Some(dy) = upstream.take() else { break };
-        let block = block.tracked();
-        let x = input.autodiff().require_grad();
-        let y = block.forward(x.clone(), context);
-        let mut tape = (y * dy.autodiff()).sum().backward();
+        let Graph { block, x, y } = match kept {
+            Kept::Graph(graph) => graph,
+            Kept::Input(x) => Graph::of(block, x, &context, i > 0),
+        };
+        let mut tape = seed_gradient(y, dy).backward();
         upstream = x.grad_remove(&mut tape);
         gradients.push(adapter_gradients(&block, &mut tape));
     }
@@ -74,20 +72,27 @@ fn block_by_block(
     (value, gradients.concat())
 }
 
-fn in_one_graph(
-    model: &Llama,
-    blocks: &[Block],
-    input: Tensor<2>,
-    context: &Context,
-    trained: Trained,
-    scale: f64,
-) -> (f64, Vec<Tensor<2>>) {
-    let blocks: Vec<Block> = blocks.iter().map(Block::tracked).collect();
-    let hidden = blocks.iter().fold(input.autodiff(), |x, block| block.forward(x, context));
-    let loss = trained.loss(model, hidden, scale);
-    let value = f64::from(loss.clone().into_scalar::<f32>());
-    let mut tape = loss.backward();
-    (value, blocks.iter().flat_map(|block| adapter_gradients(block, &mut tape)).collect())
+/// What is kept of a block's forward pass: its input, to run it again, or its graph.
+enum Kept {
+    Input(Tensor<2>),
+    Graph(Graph),
+}
+
+/// A block's forward pass with a graph.
+struct Graph {
+    block: Block,
+    x: Tensor<2>,
+    y: Tensor<2>,
+}
+
+impl Graph {
+    /// The lowest block needs no gradient of its input.
+    fn of(block: &Block, x: Tensor<2>, context: &Context, wants_dx: bool) -> Self {
+        let block = block.tracked();
+        let x = if wants_dx { x.autodiff().require_grad() } else { x.autodiff() };
+        let y = block.forward(x.clone(), context);
+        Self { block, x, y }
+    }
 }
 
 fn adapter_gradients(block: &Block, tape: &mut Gradients) -> Vec<Tensor<2>> {
@@ -118,6 +123,11 @@ impl Trained {
     fn loss(self, model: &Llama, hidden: Tensor<2>, scale: f64) -> Tensor<1> {
         let positions = Tensor::<1, Int>::from_data(self.positions.as_slice(), &hidden.device());
         let trained = model.final_norm(hidden.select(0, positions)); // [trained, d_model]
-        linear_cross_entropy(trained, model.head(), self.targets.into(), scale as f32, LOSS_CHUNK)
+        let chunk = match model.arithmetic() {
+            Arithmetic::F32 => LOSS_CHUNK,
+            Arithmetic::Bf16 => 2 * LOSS_CHUNK, // the same bytes
+        };
+        let (scale, targets) = (scale as f32, self.targets.into());
+        linear_cross_entropy(trained, model.head(), targets, scale, chunk, model.arithmetic())
     }
 }

@@ -20,4 +20,4 @@ pub use memory::peak_memory_bytes;
 pub use optim::{AdamW, AdamWConfig, Moments, clip_grad_norm};
 pub use run_folder::RunFolder;
 pub use schedule::Schedule;
-pub use sft::{Finish, Outcome, Setup, quantization, sft};
+pub use sft::{Finish, Outcome, Setup, arithmetic, quantization, sft};

@@ -14,6 +14,7 @@ use tune_adapters::Dropout;
 use tune_data::{Batcher, MicroBatch};
 use tune_eval::{Evaluation, evaluate};
 use tune_formats::{BaseModel, peft};
+use tune_kernels::Arithmetic;
 use tune_models::{Llama, Quantization};
 use tune_recipe::RunSpec;
 
@@ -40,6 +41,8 @@ pub struct Setup<'a> {
     pub folder: RunFolder,
     /// What the run was predicted to need, for `plan.json`.
     pub plan: String,
+    /// Blocks that keep their activations for backward; the others run twice.
+    pub kept_blocks: usize,
     /// The checkpoint to go on from.
     pub resume_from: Option<PathBuf>,
     /// Set from outside to save and stop.
@@ -71,7 +74,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     let device = Device::flex();
 
     // Load and adapt.
-    let mut model = tune_models::load(base, quantization(spec), &device)?;
+    let mut model = tune_models::load(base, quantization(spec), &device)?.with_arithmetic(arithmetic(spec));
     adapt(&mut model, spec, base)?;
 
     // Data.
@@ -185,6 +188,14 @@ pub fn quantization(spec: &RunSpec) -> Quantization {
     }
 }
 
+/// In what a run multiplies.
+pub fn arithmetic(spec: &RunSpec) -> Arithmetic {
+    match spec.model.dtype {
+        tune_recipe::Dtype::F32 => Arithmetic::F32,
+        tune_recipe::Dtype::Bf16 => Arithmetic::Bf16,
+    }
+}
+
 /// Gradient of one optimizer step and what went into it.
 struct StepBatch {
     loss: f64,
@@ -209,8 +220,7 @@ fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> O
             return None;
         }
         let dropout = Some(Dropout { key: dropout_key(setup.spec.train.seed, number, index) });
-        let checkpointing = setup.spec.train.gradient_checkpointing;
-        let (loss, gradients) = loss_and_gradients(model, micro_batch, scale, checkpointing, dropout);
+        let (loss, gradients) = loss_and_gradients(model, micro_batch, scale, setup.kept_blocks, dropout);
         sum.loss += loss;
         if sum.gradients.is_empty() {
             sum.gradients = gradients;

@@ -7,7 +7,7 @@ use tune_formats::{BaseModel, ModelConfig};
 use tune_hub::{ModelRef, Resolved};
 use tune_recipe::{BaseFacts, DataFormat, Override, RunSpec};
 
-use crate::download;
+use crate::{download, machine};
 use crate::model::check_ids;
 
 /// A recipe and the base that it names.
@@ -26,7 +26,12 @@ pub struct Inputs {
 
 /// Reads the recipe and opens its base, fetching it first if need be.
 pub fn open(recipe: &Path, overrides: &[Override]) -> miette::Result<Inputs> {
-    let mut spec = tune_recipe::load(recipe, overrides)?;
+    of_spec(tune_recipe::load(recipe, overrides)?)
+}
+
+/// Opens the base that `spec` names, fetching it first if need be.
+pub fn of_spec(mut spec: RunSpec) -> miette::Result<Inputs> {
+    spec.prefer_dtype(machine::fastest_dtype());
     let resolved = download::resolve(&ModelRef::parse(&spec.model.base)?, false)?;
     let base = tune_formats::open(&resolved.path)?;
     spec.refine(&facts(&base))?;

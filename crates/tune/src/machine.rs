@@ -1,4 +1,36 @@
-//! What this machine offers.
+//! What this machine offers, and what this process has used of it.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+static START: OnceLock<Instant> = OnceLock::new();
+
+/// Called first in `main`: [`age`] counts from here.
+pub fn note_the_start() {
+    START.get_or_init(Instant::now);
+}
+
+/// How long this process has been running.
+pub fn age() -> Duration {
+    START.get_or_init(Instant::now).elapsed()
+}
+
+/// Seconds of processor time that all threads of this process have used, in user and in system mode. `None` where the
+/// system does not tell.
+pub fn cpu_seconds() -> Option<f64> {
+    #[cfg(unix)]
+    #[allow(unsafe_code)]
+    {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `time` is a valid, writable timespec.
+        let failed = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) } != 0;
+        (!failed).then_some(time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+use tune_recipe::Dtype;
 
 /// Bytes that a run may use: nine tenths of what is available now, but not the last 1.5 GiB. `None` where the
 /// system does not tell.
@@ -14,6 +46,11 @@ fn available_memory() -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// The type that this processor multiplies fastest.
+pub fn fastest_dtype() -> Dtype {
+    if tune_kernels::bf16::is_fast() { Dtype::Bf16 } else { Dtype::F32 }
 }
 
 /// Keeps freed buffers in the heap instead of returning them to the system after every operation: a step frees and

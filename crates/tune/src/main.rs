@@ -35,6 +35,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    machine::note_the_start();
     machine::keep_freed_memory();
     let cli = Cli::parse();
     if !matches!(cli.command, commands::Command::Train(_)) {

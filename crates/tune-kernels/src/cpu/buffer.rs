@@ -4,26 +4,41 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
+use half::bf16;
+
+/// What a kernel writes.
+pub(crate) trait Value: Copy + Send + Sync {
+    /// Shows in tests where a kernel forgot an element.
+    const POISON: Self;
+}
+
+impl Value for f32 {
+    const POISON: Self = f32::NAN;
+}
+
+impl Value for bf16 {
+    const POISON: Self = bf16::NAN;
+}
+
 /// A new vector of which every element is still to be written. Clearing the outputs of a step first would cost
 /// as much memory traffic as the element-wise kernels themselves.
-pub(crate) struct Unwritten {
-    values: Vec<f32>,
+pub(crate) struct Unwritten<T = f32> {
+    values: Vec<T>,
     len: usize,
 }
 
-impl Unwritten {
+impl<T: Value> Unwritten<T> {
     pub(crate) fn new(len: usize) -> Self {
         let mut values = Vec::with_capacity(len);
         if cfg!(test) {
-            // An element that a kernel forgets shows as NaN.
-            values.resize(len, f32::NAN);
+            values.resize(len, T::POISON);
             values.clear();
         }
         Self { values, len }
     }
 
     /// The elements, to be written.
-    pub(crate) fn slots(&mut self) -> &mut [MaybeUninit<f32>] {
+    pub(crate) fn slots(&mut self) -> &mut [MaybeUninit<T>] {
         &mut self.values.spare_capacity_mut()[..self.len]
     }
 
@@ -32,7 +47,7 @@ impl Unwritten {
     /// # Safety
     /// Every slot must have been written.
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn written(mut self) -> Vec<f32> {
+    pub(crate) unsafe fn written(mut self) -> Vec<T> {
         // SAFETY: the capacity is at least `len`, and the caller has written the first `len` elements.
         unsafe { self.values.set_len(self.len) };
         self.values
@@ -40,33 +55,33 @@ impl Unwritten {
 }
 
 /// Written values as slots that can be written again.
-pub(crate) fn as_slots(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+pub(crate) fn as_slots<T: Value>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
     // SAFETY: same layout. The slots are only ever given values, never made uninitialised: nothing in this crate
     // writes `MaybeUninit::uninit()`.
     #[allow(unsafe_code)]
     unsafe {
-        &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<f32>])
+        &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<T>])
     }
 }
 
 /// Slots that several tasks write at once, each its own interleaved part (a head's columns, say).
 #[derive(Clone, Copy)]
-pub(crate) struct SharedSlots<'a> {
-    start: *mut MaybeUninit<f32>,
+pub(crate) struct SharedSlots<'a, T = f32> {
+    start: *mut MaybeUninit<T>,
     len: usize,
-    borrow: PhantomData<&'a mut [MaybeUninit<f32>]>,
+    borrow: PhantomData<&'a mut [MaybeUninit<T>]>,
 }
 
-// SAFETY: a `SharedSlots` is a mutable borrow of plain floats; only `from` touches them, and its contract rules
+// SAFETY: a `SharedSlots` is a mutable borrow of plain values; only `from` and `range` touch them, and their contract rules
 // out two tasks with the same element.
 #[allow(unsafe_code)]
-unsafe impl Send for SharedSlots<'_> {}
+unsafe impl<T: Value> Send for SharedSlots<'_, T> {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
-unsafe impl Sync for SharedSlots<'_> {}
+unsafe impl<T: Value> Sync for SharedSlots<'_, T> {}
 
-impl<'a> SharedSlots<'a> {
-    pub(crate) fn new(slots: &'a mut [MaybeUninit<f32>]) -> Self {
+impl<'a, T: Value> SharedSlots<'a, T> {
+    pub(crate) fn new(slots: &'a mut [MaybeUninit<T>]) -> Self {
         Self { start: slots.as_mut_ptr(), len: slots.len(), borrow: PhantomData }
     }
 
@@ -75,10 +90,21 @@ impl<'a> SharedSlots<'a> {
     /// # Safety
     /// While the pointer is used, no other task may touch the elements that are reached through it.
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn from(self, offset: usize) -> (*mut f32, usize) {
+    pub(crate) unsafe fn from(self, offset: usize) -> (*mut T, usize) {
         assert!(offset <= self.len, "offset {offset} in {} elements", self.len);
         // SAFETY: `offset` is within the borrowed slice or one past its end.
         (unsafe { self.start.add(offset) }.cast(), self.len - offset)
+    }
+
+    /// The `len` slots from `offset` on.
+    ///
+    /// # Safety
+    /// While they are borrowed, no other task may touch them.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn range(self, offset: usize, len: usize) -> &'a mut [MaybeUninit<T>] {
+        assert!(offset + len <= self.len, "{len} elements from {offset} of {}", self.len);
+        // SAFETY: within the borrowed slice; the caller rules out a second borrow.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
     }
 }
 

@@ -8,7 +8,7 @@
 use super::vectorised;
 
 /// Independent partial sums of a reduction: enough for two 512-bit registers, and the same on every processor.
-const LANES: usize = 32;
+pub(crate) const LANES: usize = 32;
 
 /// `eˣ` within 2 units in the last place for `x` in [-87.3, 88.3]; 0 below, `e^88.3` above; NaN stays NaN.
 ///
@@ -35,8 +35,27 @@ pub(crate) fn exp(x: f32) -> f32 {
     if underflows { 0.0 } else { fraction * power_of_two }
 }
 
+/// `2ˣ` within a relative 4e-6 for `x` in [-125, 127]; `2⁻¹²⁵` below; NaN stays NaN. For values that are rounded to
+/// `bf16`, whose half unit is 2e-3.
+///
+/// `x = n + f` with `|f| ≤ 1/2`, and a polynomial of degree 4 for `2ᶠ`, whose exponent is then moved by `n`.
 #[inline(always)]
-fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
+pub(crate) fn exp2_for_bf16(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // as in `exp`
+    let x = if x < -125.0 { -125.0 } else { x };
+    let shifted = x + ROUND;
+    let f = x - (shifted - ROUND);
+    let mut p = 0.009_570_102_f32;
+    p = p * f + 0.055_917_86;
+    p = p * f + 0.240_247_44;
+    p = p * f + 0.693_121_8;
+    p = p * f + 0.999_999_3;
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
+}
+
+/// The sum of partial sums.
+#[inline(always)]
+pub(crate) fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -140,6 +159,19 @@ mod tests {
             let error = (f64::from(exp(x)) - want).abs() / want;
             assert!(error <= 2.0 * f64::from(f32::EPSILON), "exp({x}) is off by {error:e}");
         }
+    }
+
+    #[test]
+    fn exp2_is_accurate_enough_for_bf16() {
+        for i in 0..=2_000_000 {
+            let x = -125.0 + i as f32 * (127.0 + 125.0) / 2_000_000.0;
+            let want = f64::from(x).exp2();
+            let error = (f64::from(exp2_for_bf16(x)) - want).abs() / want;
+            assert!(error <= 4e-6, "2^{x} is off by {error:e}");
+        }
+        assert!((exp2_for_bf16(0.0) - 1.0).abs() < 4e-6);
+        assert!(exp2_for_bf16(f32::NEG_INFINITY) < 1e-37);
+        assert!(exp2_for_bf16(f32::NAN).is_nan());
     }
 
     #[test]

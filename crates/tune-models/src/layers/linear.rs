@@ -2,15 +2,16 @@
 
 use burn::tensor::Tensor;
 use tune_adapters::{Dropout, Lora};
-use tune_kernels::{FrozenWeight, frozen_linear};
+use tune_kernels::bf16::Layer;
+use tune_kernels::{FrozenVector, FrozenWeight, frozen_linear};
 
 /// A frozen linear layer, dense or quantised, with an optional adapter. Models only call `forward`.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// `[d_out, d_in]`, in its stored form.
     pub weight: FrozenWeight,
-    /// `[1, d_out]`, frozen.
-    pub bias: Option<Tensor<2>>,
+    /// `[d_out]`.
+    pub bias: Option<FrozenVector>,
     /// The trainable update.
     pub adapter: Option<Lora>,
 }
@@ -25,10 +26,18 @@ impl Linear {
             Some(adapter) => adapter.forward(x, &self.weight, dropout),
             None => frozen_linear(x, &self.weight),
         };
-        match &self.bias {
-            Some(bias) if y.is_autodiff() => y + bias.clone().autodiff(),
-            Some(bias) => y + bias.clone(),
-            None => y,
+        let Some(bias) = &self.bias else { return y };
+        let bias = bias.tensor(&y.device().inner()).unsqueeze();
+        if y.is_autodiff() { y + bias.autodiff() } else { y + bias }
+    }
+
+    /// The layer as part of a projection.
+    pub fn layer(&self) -> Layer {
+        let adapter = self.adapter.as_ref();
+        Layer {
+            weight: self.weight.clone(),
+            bias: self.bias.clone(),
+            adapter: adapter.map(|lora| (lora.a.clone(), lora.b.clone(), lora.scale() as f32)),
         }
     }
 

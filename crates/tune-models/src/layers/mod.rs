@@ -13,7 +13,7 @@ pub(crate) use rope::rotary_frequencies;
 use std::sync::Arc;
 
 use tune_adapters::Dropout;
-use tune_kernels::{AttentionSpan, RotaryTable};
+use tune_kernels::{Arithmetic, AttentionSpan, RotaryTable};
 
 /// What every block of one forward pass needs besides its input.
 #[derive(Clone)]
@@ -24,4 +24,6 @@ pub struct Context {
     pub spans: Arc<[AttentionSpan]>,
     /// Dropout of the adapters, while training.
     pub dropout: Option<Dropout>,
+    /// In what matrix products are made.
+    pub arithmetic: Arithmetic,
 }

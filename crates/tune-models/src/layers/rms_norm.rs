@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 use tune_kernels::FrozenVector;
+use tune_kernels::bf16::Input;
 
 /// Root-mean-square normalisation with a frozen gain.
 #[derive(Clone, Debug)]
@@ -21,5 +22,10 @@ impl RmsNorm {
     /// - x, output: `[tokens, d_model]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         tune_kernels::rms_norm(x, &self.gain, self.eps)
+    }
+
+    /// The norm of `x` as the input of a projection.
+    pub fn input(&self, x: Tensor<2>) -> Input {
+        Input::Norm { x, gain: self.gain.clone(), eps: self.eps }
     }
 }

@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod bench;
 mod chat;
 mod data;
 mod eval;
@@ -33,6 +34,8 @@ pub enum Command {
     Eval(eval::Args),
     /// Write a trained run as GGUF, safetensors or PEFT
     Export(export::Args),
+    /// Measure this machine and the speed and memory of training and generation on it
+    Bench(bench::Args),
     /// Write the logits of given token ids, to compare engines
     #[command(hide = true)]
     Logits(logits::Args),
@@ -49,6 +52,7 @@ pub fn run(command: Command) -> miette::Result<ExitCode> {
         Command::Chat(args) => chat::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
     }
 }

@@ -96,6 +96,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         validation: Batcher::new(held_out, batch_options(spec, false))?,
         folder: folder.clone(),
         plan: gate.json(None),
+        kept_blocks: gate.kept_blocks(),
         resume_from,
         stop: &stop,
     };
@@ -131,7 +132,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
 }
 
 /// What a recipe may say and this version cannot do is refused before the run, not after it.
-fn refuse_what_is_not_there(spec: &RunSpec) -> miette::Result<()> {
+pub fn refuse_what_is_not_there(spec: &RunSpec) -> miette::Result<()> {
     if spec.adapter.method == Method::Full {
         return Err(UsageError::report(
             "adapter.type = \"full\" can be planned but not trained by this version",
@@ -152,7 +153,7 @@ fn overrides(args: &Args) -> Vec<Override> {
     overrides
 }
 
-fn batch_options(spec: &RunSpec, shuffle: bool) -> BatchOptions {
+pub fn batch_options(spec: &RunSpec, shuffle: bool) -> BatchOptions {
     BatchOptions {
         sequence_len: spec.data_options.sequence_len,
         micro_batch_size: spec.train.micro_batch_size,

@@ -1,0 +1,263 @@
+//! Self-attention on the CPU: tasks for ranges of queries of the heads that share a key head.
+//!
+//! A task packs the keys that it needs itself, which costs little beside its products, so tasks share nothing.
+//! Only backward of a long document has several parts of dk and dv, which are added up in the order of its
+//! queries. How a document is divided there depends on its length alone.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::backend::Flex;
+use burn::tensor::{Shape, TensorData};
+use burn_flex::FlexTensor;
+use half::bf16;
+use rayon::prelude::*;
+
+use super::backward::{Source, pull_back};
+use super::forward::{self, attend};
+use super::operands::{Input, rotate_back, scale_row};
+use super::{Layout, Saved, SelfAttention, SelfAttentionKernels};
+use crate::bf16::tile::WIDTH;
+use crate::cpu::{self, vectorised, with_scratch};
+use crate::{AttentionSpan, RotaryTable};
+
+/// Queries of a task, all heads of a group taken together: enough that packing the keys is a small part of it.
+const TASK_QUERIES: usize = 288;
+
+/// Most parts into which backward divides a document: each has its own dk and dv.
+const MOST_PARTS: usize = 8;
+
+impl SelfAttention for Flex {
+    fn self_attention(
+        qkv: FlexTensor,
+        rotary: RotaryTable,
+        spans: Arc<[AttentionSpan]>,
+        layout: Layout,
+    ) -> FlexTensor {
+        Self::forward(qkv, &rotary, &spans, layout).0
+    }
+}
+
+impl SelfAttentionKernels for Flex {
+    fn forward(
+        qkv: FlexTensor,
+        rotary: &RotaryTable,
+        spans: &[AttentionSpan],
+        layout: Layout,
+    ) -> (FlexTensor, FlexTensor) {
+        let qkv = cpu::contiguous(qkv);
+        let input = Input { qkv: halves(&qkv), rotary, layout };
+        let Layout { heads, dim, .. } = layout;
+        let tokens = rotary.tokens();
+        let (mut o, mut log_sums) = (vec![bf16::ZERO; tokens * heads * dim], vec![0.0; tokens * heads]);
+        let (o_rows, log_sum_rows) =
+            (SharedRows::new(&mut o, heads * dim), SharedRows::new(&mut log_sums, heads));
+        let rows = (TASK_QUERIES / layout.group()).next_multiple_of(forward::STRIP).max(forward::STRIP);
+        let parts = |document: &Range<usize>| {
+            let len = document.len();
+            (0..len).step_by(rows).map(move |start| start..len.min(start + rows)).rev()
+        };
+        for_each(tasks(spans, layout, parts), |Task { document, kv_head, queries }| {
+            attend(&input, document, *kv_head, queries, |query, head, sums, state| {
+                let token = document.start + query;
+                // SAFETY: spans do not overlap, so no other task has this token of this head.
+                #[allow(unsafe_code)]
+                let (o, log_sum) =
+                    unsafe { (o_rows.columns(token, head * dim, dim), log_sum_rows.columns(token, head, 1)) };
+                scale_row(sums, 1.0 / state.total, o);
+                log_sum[0] = state.log_sum();
+            });
+        });
+        (from_halves(o, [tokens, heads * dim]), cpu::from_values(log_sums, [tokens, heads]))
+    }
+
+    fn backward(saved: Saved<Self>, d_o: FlexTensor) -> FlexTensor {
+        let Saved { qkv, o, log_sums, rotary, spans, layout } = saved;
+        let [qkv, o, d_o] = [qkv, o, d_o].map(cpu::contiguous);
+        let source = Source {
+            input: Input { qkv: halves(&qkv), rotary: &rotary, layout },
+            o: halves(&o),
+            d_o: halves(&d_o),
+            log_sums: cpu::values(&log_sums),
+        };
+        let (tokens, dim, wide) = (rotary.tokens(), layout.dim, layout.dim.next_multiple_of(WIDTH));
+        let mut gradient = vec![bf16::ZERO; tokens * layout.width()];
+        let rows = SharedRows::new(&mut gradient, layout.width());
+        let finish = |token: usize, kv_head: usize, dk: &[f32], dv: &[f32]| {
+            let (cos, sin) = rotary.angles(token..token + 1);
+            // SAFETY: spans do not overlap, and each token of each key head is finished once.
+            #[allow(unsafe_code)]
+            let [k, v] = [layout.k_column(kv_head), layout.v_column(kv_head)]
+                .map(|column| unsafe { rows.columns(token, column, dim) });
+            // the queries that dK was made with had been multiplied by log2 e
+            rotate_back(dk, cos, sin, std::f32::consts::LN_2, k);
+            scale_row(&dv[..dim], 1.0, v);
+        };
+        let parts = for_each(tasks(&spans, layout, |document| parts(document.len(), layout)), |task| {
+            let Task { document, kv_head, queries } = task;
+            let pull_back = |sums: &mut [f32]| {
+                let (dk, dv) = sums.split_at_mut(queries.end * wide);
+                pull_back(&source, document, *kv_head, queries, dk, dv, |query, head, dq| {
+                    let token = document.start + query;
+                    let (cos, sin) = rotary.angles(token..token + 1);
+                    // SAFETY: spans do not overlap, so no other task has this token of this head.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { rows.columns(token, layout.q_column(head), dim) };
+                    rotate_back(dq, cos, sin, layout.score_scale(), out);
+                });
+            };
+            let len = 2 * queries.end * wide;
+            if queries.len() < document.len() {
+                let mut sums = vec![0.0; len];
+                pull_back(&mut sums);
+                return sums;
+            }
+            with_scratch(len, |sums| {
+                sums.fill(0.0);
+                pull_back(sums);
+                let (dk, dv) = sums.split_at(queries.end * wide);
+                for (token, (dk, dv)) in
+                    document.clone().zip(dk.chunks_exact(wide).zip(dv.chunks_exact(wide)))
+                {
+                    finish(token, *kv_head, dk, dv);
+                }
+            });
+            Vec::new()
+        });
+        add_parts(&parts, wide, finish);
+        from_halves(gradient, [tokens, layout.width()])
+    }
+}
+
+/// Some queries of a document, numbered from its first, of the heads that share a key head.
+struct Task {
+    document: Range<usize>,
+    kv_head: usize,
+    queries: Range<usize>,
+}
+
+/// The tasks of all documents; those of a document and key head follow each other.
+fn tasks<I: IntoIterator<Item = Range<usize>>>(
+    spans: &[AttentionSpan],
+    layout: Layout,
+    parts: impl Fn(&Range<usize>) -> I,
+) -> Vec<Task> {
+    let mut tasks = Vec::new();
+    for document in spans.iter().map(|span| &span.q).filter(|document| !document.is_empty()) {
+        for kv_head in 0..layout.kv_heads {
+            let of_part = |queries| Task { document: document.clone(), kv_head, queries };
+            tasks.extend(parts(document).into_iter().map(of_part));
+        }
+    }
+    tasks
+}
+
+/// The results of `work`, in the order of `tasks`.
+fn for_each<R: Send>(tasks: Vec<Task>, work: impl Fn(&Task) -> R + Sync) -> Vec<(Task, R)> {
+    // tasks are of very different size, but thousands of them need not be shared out one by one
+    let most = tasks.len().div_ceil(64 * rayon::current_num_threads());
+    let run = |task: Task| {
+        let result = work(&task);
+        (task, result)
+    };
+    tasks.into_par_iter().with_max_len(most).map(run).collect()
+}
+
+/// Divides the queries of a document into parts that take about the same time: a query meets all keys before it.
+fn parts(len: usize, layout: Layout) -> Vec<Range<usize>> {
+    let count = (len * layout.group()).div_ceil(TASK_QUERIES).clamp(1, MOST_PARTS);
+    let bound = |part: usize| {
+        let share = part as f64 / count as f64;
+        len.min((len as f64 * share.sqrt()) as usize / WIDTH * WIDTH)
+    };
+    let mut bounds: Vec<usize> = (0..count).map(bound).chain([len]).collect();
+    bounds.dedup();
+    bounds.windows(2).map(|pair| pair[0]..pair[1]).collect()
+}
+
+/// Adds up the dk and dv of the parts of each document, and hands each row to `finish`.
+fn add_parts(parts: &[(Task, Vec<f32>)], wide: usize, finish: impl Fn(usize, usize, &[f32], &[f32]) + Sync) {
+    const ROWS: usize = 64;
+    let one_head = |a: &(Task, Vec<f32>), b: &(Task, Vec<f32>)| {
+        (a.0.document.start, a.0.kv_head) == (b.0.document.start, b.0.kv_head)
+    };
+    let blocks: Vec<_> = parts
+        .chunk_by(one_head)
+        .filter(|parts| parts.len() > 1)
+        .flat_map(|parts| (0..parts[0].0.document.len()).step_by(ROWS).map(move |first| (parts, first)))
+        .collect();
+    blocks.into_par_iter().for_each(|(parts, first)| {
+        let Task { document, kv_head, .. } = &parts[0].0;
+        with_scratch(2 * wide, |sum| {
+            for key in first..document.len().min(first + ROWS) {
+                sum.fill(0.0);
+                for (Task { queries, .. }, sums) in parts.iter().filter(|part| part.0.queries.end > key) {
+                    let (dk, dv) = sums.split_at(queries.end * wide);
+                    for (sum, part) in sum.chunks_exact_mut(wide).zip([dk, dv]) {
+                        add(sum, &part[key * wide..(key + 1) * wide]);
+                    }
+                }
+                let (dk, dv) = sum.split_at(wide);
+                finish(document.start + key, *kv_head, dk, dv);
+            }
+        });
+    });
+}
+
+vectorised! {
+    fn add(sum: &mut [f32], values: &[f32]) {
+        for (sum, value) in sum.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
+}
+
+// merges with cpu::flex
+fn halves(tensor: &FlexTensor) -> &[bf16] {
+    match tensor.as_slice::<bf16>() {
+        Some(values) => values,
+        None => panic!("expected a contiguous bf16 tensor, got {tensor:?}"),
+    }
+}
+
+// merges with cpu::flex
+fn from_halves<const D: usize>(values: Vec<bf16>, shape: [usize; D]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, Shape::new(shape)))
+}
+
+// merges with cpu::buffer
+/// Rows that several tasks write at once, each its own rows and columns.
+#[derive(Clone, Copy)]
+struct SharedRows<'a, T> {
+    start: *mut T,
+    len: usize,
+    width: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a `SharedRows` is a mutable borrow of plain numbers; only `columns` touches them, and its contract rules
+// out two tasks with the same element.
+#[allow(unsafe_code)]
+unsafe impl<T: Send> Send for SharedRows<'_, T> {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
+
+impl<'a, T> SharedRows<'a, T> {
+    fn new(values: &'a mut [T], width: usize) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len(), width, borrow: PhantomData }
+    }
+
+    /// The columns from `column` on of a row.
+    ///
+    /// # Safety
+    /// While the slice is used, no other may have any of its elements.
+    #[allow(unsafe_code)]
+    unsafe fn columns(&self, row: usize, column: usize, count: usize) -> &'a mut [T] {
+        let first = row * self.width + column;
+        assert!(first + count <= self.len, "[{row}, {column}..] of {} values", self.len);
+        // SAFETY: within the borrowed slice; the caller vouches for its exclusive use.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), count) }
+    }
+}

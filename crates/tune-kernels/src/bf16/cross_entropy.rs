@@ -1,0 +1,249 @@
+//! The kernels of [`crate::linear_cross_entropy`] with `bf16` factors.
+//!
+//! Logits leave the product in `f32` and are turned at once into `exp(z - m)`, with `m` the maximum of a group of
+//! neighbouring ids, of which the maximum and the sum are kept. What is stored in `bf16`, `[chunk, vocab]`, is
+//! never a logit, and the gradient needs no second exponential: each group is multiplied by
+//! `s · exp(m - log Σ exp z)`.
+
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+use tune_quant::StoredMatrix;
+
+use super::convert::{round, round_row, widen};
+use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
+use super::tile::WIDTH;
+use crate::cpu::{SharedSlots, Unwritten, exp, vectorised};
+
+/// Ids of a group: the columns of a panel, so that every tile holds whole groups.
+const GROUP: usize = WIDTH;
+
+/// The losses of the rows of x `[tokens, d_model]`, and dx when `scale` is given.
+pub(crate) fn loss_and_gradient(
+    x: &[f32],
+    head: &StoredMatrix,
+    targets: &[u32],
+    scale: Option<f32>,
+    chunk: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let (d_model, vocab) = (head.cols(), head.rows());
+    let mut losses = vec![0.0; targets.len()];
+    let mut dx = Unwritten::<f32>::new(if scale.is_some() { targets.len() * d_model } else { 0 });
+    let mut chunks = Chunk::new(chunk.min(targets.len()), vocab, scale.is_some());
+    for first in (0..targets.len()).step_by(chunk) {
+        let rows = first..targets.len().min(first + chunk);
+        let (x, targets) = (&x[rows.start * d_model..rows.end * d_model], &targets[rows.clone()]);
+        chunks.observe(x, head, targets);
+        for ((loss, log_sum), target) in losses[rows.clone()].iter_mut().zip(&chunks.log_sums).zip(&chunks.targets) {
+            *loss = log_sum - target;
+        }
+        if let Some(scale) = scale {
+            chunks.to_gradient(targets, scale);
+            let out = SharedSlots::new(&mut dx.slots()[rows.start * d_model..rows.end * d_model]);
+            run(&[Product {
+                rows: rows.len(),
+                cols: d_model,
+                terms: vec![Term {
+                    a: Operand::new(&chunks.stored, rows.len(), vocab, vocab),
+                    b: Factor::Plain(Source::Stored(head)),
+                }],
+                finish: Box::new(|tile| {
+                    for row in tile.rows.clone() {
+                        // SAFETY: tiles cover C once, so no other task has these elements.
+                        #[allow(unsafe_code)]
+                        let out = unsafe { out.range(row * d_model + tile.cols.start, tile.cols.len()) };
+                        out.write_copy_of_slice(tile.row(row));
+                    }
+                }),
+            }]);
+        }
+    }
+    // SAFETY: the chunks cover every row.
+    #[allow(unsafe_code)]
+    let dx = unsafe { dx.written() };
+    (losses, dx)
+}
+
+/// What is known of the logits of a chunk of rows.
+struct Chunk {
+    vocab: usize,
+    groups: usize,
+    /// `exp(z - m)` of the group's m, `[rows, vocab]`; empty when no gradient is wanted.
+    stored: Vec<bf16>,
+    /// Maximum and sum of each group, `[rows, groups]`.
+    of_groups: Vec<(f32, f32)>,
+    /// The logit of each row's target.
+    targets: Vec<f32>,
+    /// `log Σ exp z` of each row.
+    log_sums: Vec<f32>,
+}
+
+impl Chunk {
+    fn new(rows: usize, vocab: usize, keeps: bool) -> Self {
+        let groups = vocab.div_ceil(GROUP);
+        Self {
+            vocab,
+            groups,
+            stored: vec![bf16::ZERO; if keeps { rows * vocab } else { 0 }],
+            of_groups: vec![(0.0, 0.0); rows * groups],
+            targets: vec![0.0; rows],
+            log_sums: vec![0.0; rows],
+        }
+    }
+
+    fn observe(&mut self, x: &[f32], head: &StoredMatrix, targets: &[u32]) {
+        let (rows, d_model) = (targets.len(), head.cols());
+        let mut rounded = vec![bf16::ZERO; x.len()];
+        round_row(x, &mut rounded);
+        let outputs = Outputs {
+            stored: (!self.stored.is_empty()).then(|| SharedMatrix::new(&mut self.stored, self.vocab)),
+            of_groups: SharedMatrix::new(&mut self.of_groups, self.groups),
+            targets: SharedMatrix::new(&mut self.targets, 1),
+        };
+        run(&[Product {
+            rows,
+            cols: self.vocab,
+            terms: vec![Term {
+                a: Operand::new(&rounded, rows, d_model, d_model),
+                b: Factor::Transposed(Source::Stored(head)),
+            }],
+            finish: Box::new(|tile| outputs.take(&tile, targets)),
+        }]);
+        let rows = self.of_groups.par_chunks_exact(self.groups).zip(&mut self.log_sums);
+        rows.with_min_len(8).for_each(|(groups, log_sum)| {
+            let maximum = groups.iter().fold(f32::NEG_INFINITY, |m, (of_group, _)| m.max(*of_group));
+            let sum: f32 = groups.iter().map(|(of_group, sum)| sum * exp(of_group - maximum)).sum();
+            *log_sum = maximum + sum.ln();
+        });
+    }
+
+    /// Turns what is stored into `scale · (softmax(z) - onehot(target))`.
+    fn to_gradient(&mut self, targets: &[u32], scale: f32) {
+        let rows = self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
+        let known = targets.par_iter().zip(&self.targets).zip(&self.log_sums);
+        rows.zip(known).with_min_len(8).for_each(|((row, groups), ((target, logit), log_sum))| {
+            for (values, (maximum, _)) in row.chunks_mut(GROUP).zip(groups) {
+                scale_in_place(values, scale * exp(maximum - log_sum));
+            }
+            row[*target as usize] = round(scale * (exp(logit - log_sum) - 1.0));
+        });
+    }
+}
+
+/// Where the tiles of logits go.
+struct Outputs<'a> {
+    stored: Option<SharedMatrix<'a, bf16>>,
+    of_groups: SharedMatrix<'a, (f32, f32)>,
+    targets: SharedMatrix<'a, f32>,
+}
+
+impl Outputs<'_> {
+    fn take(&self, tile: &Tile, targets: &[u32]) {
+        let mut unwanted = [bf16::ZERO; GROUP];
+        for row in tile.rows.clone() {
+            let logits = tile.row(row);
+            for (i, logits) in logits.chunks(GROUP).enumerate() {
+                let first = tile.cols.start + i * GROUP;
+                // SAFETY: tiles hold whole groups and cover the logits once, so no other task has this one.
+                #[allow(unsafe_code)]
+                let (stored, of_group) = unsafe {
+                    (
+                        self.stored.as_ref().map(|stored| stored.part(row, first..first + logits.len())),
+                        self.of_groups.part(row, first / GROUP..first / GROUP + 1),
+                    )
+                };
+                of_group[0] = exponentials(logits, stored.unwrap_or(&mut unwanted[..logits.len()]));
+            }
+            let target = targets[row] as usize;
+            if tile.cols.contains(&target) {
+                // SAFETY: only the task with the target's column is here.
+                #[allow(unsafe_code)]
+                let out = unsafe { self.targets.part(row, 0..1) };
+                out[0] = logits[target - tile.cols.start];
+            }
+        }
+    }
+}
+
+/// A written matrix of which several tasks change their own parts.
+struct SharedMatrix<'a, T> {
+    start: *mut T,
+    len: usize,
+    cols: usize,
+    borrow: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a mutable borrow of plain values; only `part` touches them, and its contract rules out two tasks with
+// the same element.
+#[allow(unsafe_code)]
+unsafe impl<T: Send> Sync for SharedMatrix<'_, T> {}
+
+impl<'a, T> SharedMatrix<'a, T> {
+    fn new(values: &'a mut [T], cols: usize) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len(), cols, borrow: std::marker::PhantomData }
+    }
+
+    /// # Safety
+    /// No other task touches these elements while they are borrowed.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    unsafe fn part(&self, row: usize, cols: Range<usize>) -> &mut [T] {
+        let first = row * self.cols + cols.start;
+        assert!(first + cols.len() <= self.len, "columns {cols:?} of row {row}");
+        // SAFETY: within the borrowed slice; the caller rules out a second borrow.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), cols.len()) }
+    }
+}
+
+vectorised! {
+    /// Writes `exp(logit - m)` and returns m, the maximum, and the sum of what was written before rounding.
+    fn exponentials(logits: &[f32], out: &mut [bf16]) -> (f32, f32) {
+        const LANES: usize = 16;
+        if let (Some((logits, [])), Some((out, []))) =
+            (logits.split_first_chunk::<GROUP>(), out.split_first_chunk_mut::<GROUP>())
+        {
+            let mut lanes = [0.0_f32; LANES];
+            for i in 0..LANES {
+                lanes[i] = if logits[i] > logits[LANES + i] { logits[i] } else { logits[LANES + i] };
+            }
+            let mut width = LANES / 2;
+            while width > 0 {
+                for i in 0..width {
+                    lanes[i] = if lanes[i] > lanes[i + width] { lanes[i] } else { lanes[i + width] };
+                }
+                width /= 2;
+            }
+            let maximum = lanes[0];
+            let mut values = [0.0_f32; GROUP];
+            for i in 0..GROUP {
+                values[i] = exp(logits[i] - maximum);
+                out[i] = round(values[i]);
+            }
+            for i in 0..LANES {
+                lanes[i] = values[i] + values[LANES + i];
+            }
+            let mut width = LANES / 2;
+            while width > 0 {
+                for i in 0..width {
+                    lanes[i] += lanes[i + width];
+                }
+                width /= 2;
+            }
+            return (maximum, lanes[0]);
+        }
+        let maximum = logits.iter().fold(f32::NEG_INFINITY, |m, logit| m.max(*logit));
+        let mut sum = 0.0;
+        for (logit, out) in logits.iter().zip(out) {
+            let value = exp(*logit - maximum);
+            sum += value;
+            *out = round(value);
+        }
+        (maximum, sum)
+    }
+
+    fn scale_in_place(values: &mut [bf16], factor: f32) {
+        for value in values {
+            *value = round(widen(*value) * factor);
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! Sums of matrix products with `bf16` factors and `f32` sums, over factors as they are stored.
+//!
+//! ```text
+//! C = Σᵢ Aᵢ Bᵢ        Aᵢ [m, kᵢ] in memory as bf16; Bᵢ [kᵢ, n] or [n, kᵢ]ᵀ, decoded block by block
+//! ```
+//!
+//! A task makes some columns of C. It takes the depth in blocks: packs a block of B into panels once, multiplies
+//! all its rows of A with them, and at the end hands the finished sums on, which writes them in whatever form is
+//! wanted. So a low-rank update, a bias, a residual or an activation costs no pass of its own over C. Every
+//! element is summed over the same blocks in the same order, whatever the number of tasks.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+use tune_quant::StoredMatrix;
+
+use super::convert::round_row;
+use super::tile::{HEIGHT, PairedRows, PanelRow, Sums, WIDTH, multiply, pack_columns, pack_row_pair};
+
+/// Largest depth of a block: a panel of it takes 24 KiB, so it stays in the first-level cache.
+const BLOCK_DEPTH: usize = 384;
+
+/// Most columns of a task: the packed block of them takes 240 KiB of the second-level cache.
+const MOST_COLUMNS: usize = 320;
+
+/// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
+const TASKS_PER_THREAD: usize = 3;
+
+/// A left factor: rows of `depth` values that begin `stride` apart.
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a> {
+    values: &'a [bf16],
+    rows: usize,
+    depth: usize,
+    stride: usize,
+}
+
+impl<'a> Operand<'a> {
+    /// Rows from the beginning of `values` on.
+    pub(super) fn new(values: &'a [bf16], rows: usize, depth: usize, stride: usize) -> Self {
+        assert!(
+            rows == 0 || (rows - 1) * stride + depth <= values.len(),
+            "[{rows}, {depth}] with stride {stride} in {} values",
+            values.len()
+        );
+        Self { values, rows, depth, stride }
+    }
+
+    /// The rows `rows`; those of an odd depth are copied to `buffer`, with a zero behind each.
+    fn slice_rows<'b>(self, rows: Range<usize>, buffer: &'b mut Vec<bf16>) -> Operand<'b>
+    where
+        'a: 'b,
+    {
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let values = &self.values[(rows.start * self.stride).min(self.values.len())..];
+        if self.depth.is_multiple_of(2) {
+            return Self { values, rows: rows.len(), ..self };
+        }
+        let stride = self.depth + 1;
+        buffer.clear();
+        buffer.resize(rows.len() * stride, bf16::ZERO);
+        for (row, out) in values.chunks(self.stride).zip(buffer.chunks_exact_mut(stride)) {
+            out[..self.depth].copy_from_slice(&row[..self.depth]);
+        }
+        Operand { values: buffer, rows: rows.len(), depth: self.depth, stride }
+    }
+}
+
+/// A matrix from which a right factor is made.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// In its stored form.
+    Stored(&'a StoredMatrix),
+    /// `f32`, rows of `cols` values one after the other.
+    Floats { values: &'a [f32], cols: usize },
+    /// `bf16`, rows that begin `stride` apart.
+    Halves { values: &'a [bf16], stride: usize },
+}
+
+impl Source<'_> {
+    /// Columns are read in ranges that begin at multiples of this power of two.
+    fn granularity(&self) -> usize {
+        match self {
+            Self::Stored(matrix) => matrix.block_len(),
+            Self::Floats { .. } | Self::Halves { .. } => 1,
+        }
+    }
+
+    /// The columns `cols` of row `row`.
+    fn read(&self, row: usize, cols: Range<usize>, out: &mut [bf16]) {
+        match self {
+            Self::Stored(matrix) => matrix.decode_bf16(row, cols, out),
+            Self::Floats { values, cols: width } => round_row(&values[row * width..][cols], out),
+            Self::Halves { values, stride, .. } => out.copy_from_slice(&values[row * stride..][cols]),
+        }
+    }
+}
+
+/// A right factor.
+#[derive(Clone, Copy)]
+pub(super) enum Factor<'a> {
+    /// The matrix `[k, n]` itself.
+    Plain(Source<'a>),
+    /// The transpose of a matrix `[n, k]`.
+    Transposed(Source<'a>),
+}
+
+/// One product `A B` of a sum.
+#[derive(Clone, Copy)]
+pub(super) struct Term<'a> {
+    pub(super) a: Operand<'a>,
+    pub(super) b: Factor<'a>,
+}
+
+impl Term<'_> {
+    /// Columns of this term are made in ranges that begin at multiples of this power of two.
+    fn column_granularity(&self) -> usize {
+        match self.b {
+            Factor::Plain(source) => source.granularity(),
+            Factor::Transposed(_) => 1,
+        }
+    }
+
+    /// The depth in blocks of about the same size.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let granularity = match self.b {
+            Factor::Plain(_) => 2,
+            Factor::Transposed(source) => source.granularity().max(2),
+        };
+        let depth = self.a.depth;
+        let count = depth.div_ceil(BLOCK_DEPTH).max(1);
+        let size = depth.div_ceil(count).next_multiple_of(granularity).max(granularity);
+        (0..depth).step_by(size).map(move |start| start..depth.min(start + size))
+    }
+}
+
+/// Finished sums: the columns `cols` of the rows `rows` of C.
+pub(super) struct Tile<'a> {
+    pub(super) rows: Range<usize>,
+    pub(super) cols: Range<usize>,
+    values: &'a [f32],
+    stride: usize,
+}
+
+impl<'a> Tile<'a> {
+    /// The sums of row `row` of C.
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        &self.values[(row - self.rows.start) * self.stride..][..self.cols.len()]
+    }
+}
+
+/// A sum of products, and what becomes of it.
+pub(super) struct Product<'a> {
+    /// Rows of C.
+    pub(super) rows: usize,
+    /// Columns of C.
+    pub(super) cols: usize,
+    /// At least one.
+    pub(super) terms: Vec<Term<'a>>,
+    /// Called from several threads, for tiles that together cover C once.
+    pub(super) finish: Box<dyn Fn(Tile) + Sync + 'a>,
+}
+
+/// Makes all of `products` on the whole thread pool.
+pub(super) fn run(products: &[Product]) {
+    let wanted = TASKS_PER_THREAD * rayon::current_num_threads();
+    let work = |p: &Product| p.rows * p.cols * p.terms.iter().map(|t| t.a.depth).sum::<usize>();
+    let all: usize = products.iter().map(work).sum();
+    let mut tasks: Vec<(&Product, Range<usize>, Range<usize>)> = Vec::new();
+    for product in products {
+        // a large product is cut into many tasks, a small one beside it into one
+        let share = (wanted * work(product)).div_ceil(all.max(1)).max(1);
+        let granularity = product.terms.iter().map(Term::column_granularity).max().unwrap_or(1).max(WIDTH);
+        let most = (MOST_COLUMNS / granularity).max(1) * granularity;
+        let columns = product.cols.div_ceil(share).next_multiple_of(granularity).clamp(granularity, most);
+        let column_tasks = product.cols.div_ceil(columns);
+        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(HEIGHT);
+        for first_row in (0..product.rows).step_by(rows.max(1)) {
+            for first in (0..product.cols).step_by(columns) {
+                let rows = first_row..product.rows.min(first_row + rows);
+                tasks.push((product, rows, first..product.cols.min(first + columns)));
+            }
+        }
+    }
+    tasks.into_par_iter().with_max_len(1).for_each(|(product, rows, cols)| {
+        Workspace::with(|workspace| make_tile(product, rows, cols, workspace));
+    });
+}
+
+/// Buffers of a task, kept by the thread for the next one.
+#[derive(Default)]
+struct Workspace {
+    panels: Vec<PanelRow>,
+    decoded: Vec<bf16>,
+    padded: Vec<bf16>,
+    sums: Vec<f32>,
+}
+
+impl Workspace {
+    fn with(work: impl FnOnce(&mut Self)) {
+        thread_local! {
+            static FREE: RefCell<Vec<Workspace>> = const { RefCell::new(Vec::new()) };
+        }
+        let mut workspace = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        work(&mut workspace);
+        FREE.with_borrow_mut(|free| free.push(workspace));
+    }
+}
+
+fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspace: &mut Workspace) {
+    let stride = cols.len().next_multiple_of(WIDTH);
+    let Workspace { panels, decoded, padded, sums } = workspace;
+    grow(sums, rows.len() * stride, 0.0);
+    let sums = &mut sums[..rows.len() * stride];
+    let mut accumulate = false;
+    for term in &product.terms {
+        let a = term.a.slice_rows(rows.clone(), padded);
+        for block in term.blocks() {
+            let pairs = block.len().div_ceil(2);
+            let count = stride / WIDTH;
+            grow(panels, count * pairs, PanelRow::ZERO);
+            let panels = &mut panels[..count * pairs];
+            pack(term.b, block.clone(), cols.clone(), decoded, panels);
+            for top in (0..rows.len()).step_by(HEIGHT) {
+                let height = HEIGHT.min(rows.len() - top);
+                let a = PairedRows::new(&a.values[top * a.stride + block.start..], a.stride);
+                for (panel, left) in panels.chunks_exact(pairs.max(1)).zip((0..).step_by(WIDTH)) {
+                    let mut sums = Sums::new(&mut sums[top * stride + left..], stride);
+                    multiply(height, a, panel, &mut sums, accumulate);
+                }
+            }
+            accumulate = true;
+        }
+    }
+    if !accumulate {
+        sums.fill(0.0);
+    }
+    (product.finish)(Tile { rows, cols, values: sums, stride });
+}
+
+/// Packs rows `block`, columns `cols` of B into panels of `block.len() / 2` pairs each.
+fn pack(
+    b: Factor,
+    block: Range<usize>,
+    cols: Range<usize>,
+    decoded: &mut Vec<bf16>,
+    panels: &mut [PanelRow],
+) {
+    let pairs = block.len().div_ceil(2);
+    match b {
+        Factor::Transposed(Source::Halves { values, stride, .. }) if block.len().is_multiple_of(2) => {
+            for (panel, first) in panels.chunks_exact_mut(pairs).zip(cols.clone().step_by(WIDTH)) {
+                let count = WIDTH.min(cols.end - first);
+                pack_columns(&values[first * stride + block.start..], count, stride, panel);
+            }
+        }
+        Factor::Transposed(source) => {
+            let depth = 2 * pairs;
+            grow(decoded, WIDTH * depth, bf16::ZERO);
+            for (panel, first) in panels.chunks_exact_mut(pairs).zip(cols.clone().step_by(WIDTH)) {
+                let count = WIDTH.min(cols.end - first);
+                for (j, column) in decoded.chunks_exact_mut(depth).take(count).enumerate() {
+                    source.read(first + j, block.clone(), &mut column[..block.len()]);
+                    column[block.len()..].fill(bf16::ZERO);
+                }
+                pack_columns(decoded, count, depth, panel);
+            }
+        }
+        Factor::Plain(Source::Halves { values, stride, .. }) => {
+            for (p, k) in block.clone().step_by(2).enumerate() {
+                let even = &values[k * stride..][cols.clone()];
+                let odd = if k + 1 < block.end { &values[(k + 1) * stride..][cols.clone()] } else { &[] };
+                pack_row(even, odd, p, pairs, panels);
+            }
+        }
+        Factor::Plain(source) => {
+            grow(decoded, 2 * cols.len(), bf16::ZERO);
+            let (even, odd) = decoded[..2 * cols.len()].split_at_mut(cols.len());
+            for (p, k) in block.clone().step_by(2).enumerate() {
+                source.read(k, cols.clone(), even);
+                if k + 1 < block.end {
+                    source.read(k + 1, cols.clone(), odd);
+                } else {
+                    odd.fill(bf16::ZERO);
+                }
+                pack_row(even, odd, p, pairs, panels);
+            }
+        }
+    }
+}
+
+/// Packs a pair of rows of B as row `p` of every panel.
+fn pack_row(even: &[bf16], odd: &[bf16], p: usize, pairs: usize, panels: &mut [PanelRow]) {
+    for (panel, left) in panels.chunks_exact_mut(pairs).zip((0..).step_by(WIDTH)) {
+        let columns = left..even.len().min(left + WIDTH);
+        let odd = odd.get(columns.clone()).unwrap_or_default();
+        pack_row_pair(&even[columns], odd, &mut panel[p]);
+    }
+}
+
+fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, value: T) {
+    if buffer.len() < len {
+        buffer.resize(len, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tune_quant::BlockType;
+
+    use super::*;
+    use crate::testing::{frozen, uniform};
+
+    fn halves(seed: u64, len: usize) -> Vec<bf16> {
+        uniform(seed, len).into_iter().map(bf16::from_f32).collect()
+    }
+
+    /// C of one product, in f64 and by [`run`].
+    fn assert_product(rows: usize, cols: usize, terms: Vec<Term>, b_at: &dyn Fn(usize, usize, usize) -> f64) {
+        let got = Mutex::new(vec![f32::NAN; rows * cols]);
+        run(&[Product {
+            rows,
+            cols,
+            terms: terms.clone(),
+            finish: Box::new(|tile| {
+                for row in tile.rows.clone() {
+                    got.lock().unwrap()[row * cols..][tile.cols.clone()].copy_from_slice(tile.row(row));
+                }
+            }),
+        }]);
+        let got = got.into_inner().unwrap();
+        for row in 0..rows {
+            for col in 0..cols {
+                let of_term = |(i, term): (usize, &Term)| {
+                    let a = &term.a.values[row * term.a.stride..][..term.a.depth];
+                    a.iter().enumerate().map(|(k, a)| a.to_f64() * b_at(i, k, col)).sum::<f64>()
+                };
+                let want: f64 = terms.iter().enumerate().map(of_term).sum();
+                let got = f64::from(got[row * cols + col]);
+                assert!(
+                    (got - want).abs() < 1e-3 * want.abs().max(1.0),
+                    "[{row}, {col}]: {got}, want {want}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_products_of_ragged_shapes() {
+        for (m, k, r, n) in [(1, 1, 1, 1), (3, 5, 2, 7), (25, 33, 3, 70), (13, 900, 16, 37), (0, 4, 2, 4)] {
+            let (x, h) = (halves(1, m * (k + 1)), halves(2, m * (r + 1)));
+            let (w, b) = (halves(3, n * k), uniform(4, n * r));
+            let (x, h) = (Operand::new(&x, m, k, k + 1), Operand::new(&h, m, r, r + 1));
+            let rounded: Vec<bf16> = b.iter().map(|v| bf16::from_f32(*v)).collect();
+            let source = Source::Halves { values: &w, stride: k };
+            let terms = vec![
+                Term { a: x, b: Factor::Transposed(source) },
+                Term { a: h, b: Factor::Transposed(Source::Floats { values: &b, cols: r }) },
+            ];
+            assert_product(m, n, terms, &|i, k_, j| match i {
+                0 => w[j * k + k_].to_f64(),
+                _ => rounded[j * r + k_].to_f64(),
+            });
+            let (w, b) = (halves(3, n * k), uniform(4, n * r));
+            let terms = vec![
+                Term { a: x, b: Factor::Plain(Source::Halves { values: &w, stride: n }) },
+                Term { a: h, b: Factor::Plain(Source::Floats { values: &b, cols: n }) },
+            ];
+            assert_product(m, n, terms, &|i, k_, j| match i {
+                0 => w[k_ * n + j].to_f64(),
+                _ => rounded[k_ * n + j].to_f64(),
+            });
+        }
+    }
+
+    #[test]
+    fn stored_factors_of_every_type() {
+        for block_type in BlockType::ALL {
+            let [n, k] = [70, 512];
+            let w = frozen(block_type, [n, k]);
+            let mut rounded = vec![bf16::ZERO; n * k];
+            for (row, out) in rounded.chunks_exact_mut(k).enumerate() {
+                w.matrix().decode_bf16(row, 0..k, out);
+            }
+            let a = halves(5, 14 * k);
+            let forward =
+                Term { a: Operand::new(&a, 14, k, k), b: Factor::Transposed(Source::Stored(w.matrix())) };
+            assert_product(14, n, vec![forward], &|_, k_, j| rounded[j * k + k_].to_f64());
+            let backward =
+                Term { a: Operand::new(&a, 14, n, n), b: Factor::Plain(Source::Stored(w.matrix())) };
+            assert_product(14, k, vec![backward], &|_, k_, j| rounded[k_ * k + j].to_f64());
+        }
+    }
+}

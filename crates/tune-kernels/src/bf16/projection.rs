@@ -1,0 +1,1015 @@
+//! The linear layers that read one input, with what comes before and after them, as one operation.
+//!
+//! ```text
+//! u = x                          y = [u Wᵢᵀ + sᵢ (u Aᵢᵀ) Bᵢᵀ + biasᵢ]ᵢ (+ residual)
+//!   | RMSNorm(x)
+//!   | silu(gate) ⊙ up            x = [gate, up]
+//! ```
+//!
+//! u `[tokens, d_in]`; Wᵢ `[d_outᵢ, d_in]` frozen; Aᵢ `[rᵢ, d_in]`, Bᵢ `[d_outᵢ, rᵢ]` in `f32`; y
+//! `[tokens, Σ d_outᵢ]`, `bf16`, or `f32` where a residual in `f32` is added. In a decoder block: q, k, v behind
+//! the first norm; o beside the residual; gate and up behind the second norm; down behind the activation.
+//!
+//! ```text
+//! dhᵢ = sᵢ dyᵢ Bᵢ      du = Σᵢ dyᵢ Wᵢ + dhᵢ Aᵢ      dAᵢ = dhᵢᵀ u      dBᵢ = sᵢ dyᵢᵀ (u Aᵢᵀ)
+//! ```
+//!
+//! Hu et al. 2021, arXiv 2106.09685, eq. 3; Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; Shazeer 2020,
+//! arXiv 2002.05202, eq. 6. Saved: x (for a norm, x divided by its root mean square, in `bf16`, and one value a
+//! token) and s u Aᵀ; u is made again from it. A layer without an adapter has a pair of rank 0.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
+use burn::tensor::{DType, Device, Tensor};
+use burn_flex::FlexTensor;
+use half::bf16;
+use rayon::prelude::*;
+
+use super::convert::{round, round_row, widen};
+use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
+use crate::cpu::{self, SharedSlots, Unwritten, exp, vectorised};
+use crate::{FrozenVector, FrozenWeight};
+
+/// What the layers read.
+#[derive(Clone)]
+pub enum Input {
+    /// `bf16` `[tokens, d_in]`, as it is.
+    Plain(Tensor<2>),
+    /// The root-mean-square norm of `x`, `f32` `[tokens, d_in]`.
+    Norm {
+        /// The residual stream.
+        x: Tensor<2>,
+        /// `[d_in]`.
+        gain: FrozenVector,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// `silu(gate) ⊙ up` of `[gate, up]`, `bf16` `[tokens, 2 · d_in]`.
+    SwiGlu(Tensor<2>),
+}
+
+/// One linear layer.
+#[derive(Clone)]
+pub struct Layer {
+    /// `[d_out, d_in]`.
+    pub weight: FrozenWeight,
+    /// `[d_out]`.
+    pub bias: Option<FrozenVector>,
+    /// A `[rank, d_in]`, B `[d_out, rank]` and the factor s.
+    pub adapter: Option<(Tensor<2>, Tensor<2>, f32)>,
+}
+
+/// Most layers of one projection: q, k and v.
+const MOST_LAYERS: usize = 3;
+
+/// The outputs of `layers` side by side, `bf16`; or the output plus `residual` (`f32`), `f32`.
+///
+/// # Panics
+/// When the shapes do not agree, or there are no layers or more than three.
+pub fn project(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> Tensor<2> {
+    let (x, transform) = match input {
+        Input::Plain(x) => (x, Transform::Plain),
+        Input::Norm { x, gain, eps } => (x, Transform::Norm { gain, eps }),
+        Input::SwiGlu(x) => (x, Transform::SwiGlu),
+    };
+    let [tokens, width] = x.dims();
+    let d_in = if matches!(transform, Transform::SwiGlu) { width / 2 } else { width };
+    assert!((1..=MOST_LAYERS).contains(&layers.len()), "project: {} layers", layers.len());
+    let device = x.device().inner();
+    let mut pairs = Vec::with_capacity(2 * MOST_LAYERS);
+    for layer in layers {
+        let w = &layer.weight;
+        assert_eq!(w.cols(), d_in, "project: d_in of {w:?} for x [{tokens}, {width}]");
+        match &layer.adapter {
+            Some((a, b, _)) => {
+                let rank = a.dims()[0];
+                assert_eq!(a.dims(), [rank, d_in], "project: A for {w:?}");
+                assert_eq!(b.dims(), [w.rows(), rank], "project: B for {w:?} and A {:?}", a.dims());
+                pairs.extend([a.clone(), b.clone()]);
+            }
+            None => pairs.extend(no_pair(w.rows(), d_in, &device)),
+        }
+    }
+    pairs.resize_with(2 * MOST_LAYERS, || Tensor::empty([0, 0], &device));
+    let d_out: usize = layers.iter().map(|layer| layer.weight.rows()).sum();
+    if let Some(residual) = &residual {
+        assert_eq!(residual.dims(), [tokens, d_out], "project: residual");
+    }
+    let spec = Arc::new(Spec {
+        transform,
+        layers: layers
+            .iter()
+            .map(|layer| Frozen {
+                weight: layer.weight.clone(),
+                bias: layer.bias.clone(),
+                scale: layer.adapter.as_ref().map_or(0.0, |(_, _, scale)| *scale),
+            })
+            .collect(),
+        has_residual: residual.is_some(),
+    });
+    let residual = residual.unwrap_or_else(|| Tensor::empty([0, 0], &device));
+    // What is not in the graph is a constant of it.
+    let tracked = [&x, &residual].into_iter().chain(&pairs).any(Tensor::is_autodiff);
+    let primitive = |t: Tensor<2>| if tracked { t.autodiff() } else { t }.into_dispatch();
+    let mut pairs = pairs.into_iter().map(primitive);
+    let mut next = || pairs.next().expect("two for each of the layers");
+    Tensor::from_dispatch(<Dispatch as Project>::project(
+        primitive(x),
+        primitive(residual),
+        next(),
+        next(),
+        next(),
+        next(),
+        next(),
+        next(),
+        spec,
+    ))
+}
+
+fn no_pair(d_out: usize, d_in: usize, device: &Device) -> [Tensor<2>; 2] {
+    [Tensor::empty([0, d_in], device), Tensor::empty([d_out, 0], device)]
+}
+
+/// [`project`] in plain operations in `f32`, with the whole weights decoded.
+pub fn reference(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> Tensor<2> {
+    let u = match input {
+        Input::Plain(x) => x,
+        Input::Norm { x, gain, eps } => crate::rms_norm::reference(x, &gain, eps),
+        Input::SwiGlu(x) => {
+            let d_ff = x.dims()[1] / 2;
+            let [gate, up] = [0, d_ff].map(|first| x.clone().narrow(1, first, d_ff));
+            crate::swiglu::reference(gate, up)
+        }
+    };
+    let of_layer = |layer: &Layer| {
+        let y = match &layer.adapter {
+            Some((a, b, scale)) => {
+                crate::lora_linear::reference(u.clone(), &layer.weight, a.clone(), b.clone(), *scale)
+            }
+            None => crate::frozen_linear::reference(u.clone(), &layer.weight),
+        };
+        match &layer.bias {
+            Some(bias) => y.clone() + bias.tensor(&y.device()).unsqueeze(),
+            None => y,
+        }
+    };
+    let y = Tensor::cat(layers.iter().map(of_layer).collect(), 1);
+    match residual {
+        Some(residual) => y + residual,
+        None => y,
+    }
+}
+
+/// Everything about a projection that is not a tensor.
+#[derive(Debug)]
+pub(crate) struct Spec {
+    transform: Transform,
+    layers: Vec<Frozen>,
+    has_residual: bool,
+}
+
+#[derive(Debug)]
+enum Transform {
+    Plain,
+    Norm { gain: FrozenVector, eps: f32 },
+    SwiGlu,
+}
+
+#[derive(Debug)]
+struct Frozen {
+    weight: FrozenWeight,
+    bias: Option<FrozenVector>,
+    scale: f32,
+}
+
+impl Spec {
+    fn d_in(&self) -> usize {
+        self.layers[0].weight.cols()
+    }
+
+    fn d_out(&self) -> usize {
+        self.layers.iter().map(|layer| layer.weight.rows()).sum()
+    }
+
+    /// The columns of y that each layer makes.
+    fn columns(&self) -> Vec<Range<usize>> {
+        let widths = self.layers.iter().map(|layer| layer.weight.rows());
+        widths.scan(0, |end, width| Some(std::mem::replace(end, *end + width)..*end)).collect()
+    }
+}
+
+/// The differentiable operation.
+#[backend_extension(Flex, Autodiff)]
+#[allow(clippy::too_many_arguments)]
+pub(crate) trait Project: Backend {
+    fn project(
+        x: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        a0: FloatTensor<Self>,
+        b0: FloatTensor<Self>,
+        a1: FloatTensor<Self>,
+        b1: FloatTensor<Self>,
+        a2: FloatTensor<Self>,
+        b2: FloatTensor<Self>,
+        spec: Arc<Spec>,
+    ) -> FloatTensor<Self>;
+}
+
+/// The kernels of one backend.
+pub(crate) trait ProjectKernels: Backend {
+    /// y, and what backward needs.
+    fn forward(
+        x: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        pairs: [FloatTensor<Self>; 2 * MOST_LAYERS],
+        spec: Arc<Spec>,
+    ) -> (FloatTensor<Self>, Saved<Self>);
+    /// dx if `wants_x`, and dA, dB of each layer.
+    fn backward(saved: Saved<Self>, dy: FloatTensor<Self>, wants_x: bool) -> ProjectGradients<Self>;
+}
+
+/// What backward needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Saved<B: Backend> {
+    /// x; for a norm x divided by its root mean square.
+    input: FloatTensor<B>,
+    /// `[tokens]` for a norm, else empty.
+    inverse_rms: FloatTensor<B>,
+    /// s u Aᵀ of all layers, each padded to an even width.
+    h: FloatTensor<B>,
+    pairs: [FloatTensor<B>; 2 * MOST_LAYERS],
+    spec: Arc<Spec>,
+}
+
+pub(crate) struct ProjectGradients<B: Backend> {
+    x: Option<FloatTensor<B>>,
+    /// In the order of `pairs`.
+    pairs: Vec<FloatTensor<B>>,
+}
+
+impl Project for Flex {
+    fn project(
+        x: FlexTensor,
+        residual: FlexTensor,
+        a0: FlexTensor,
+        b0: FlexTensor,
+        a1: FlexTensor,
+        b1: FlexTensor,
+        a2: FlexTensor,
+        b2: FlexTensor,
+        spec: Arc<Spec>,
+    ) -> FlexTensor {
+        Self::forward(x, residual, [a0, b0, a1, b1, a2, b2], spec).0
+    }
+}
+
+impl ProjectKernels for Flex {
+    fn forward(
+        x: FlexTensor,
+        residual: FlexTensor,
+        pairs: [FlexTensor; 2 * MOST_LAYERS],
+        spec: Arc<Spec>,
+    ) -> (FlexTensor, Saved<Self>) {
+        let (x, residual, pairs) = (cpu::contiguous(x), cpu::contiguous(residual), pairs.map(cpu::contiguous));
+        let [tokens, width] = x.shape().dims();
+        let (input, inverse_rms, u) = transform(&x, tokens, width, &spec.transform);
+        let u = Shared::of(&u, &input);
+        let u = u.operand(tokens, spec.d_in());
+        let pair_views = Pairs::of(&pairs, &spec);
+
+        let mut h = vec![bf16::ZERO; tokens * pair_views.width];
+        let h_slots = SharedSlots::new(cpu::as_slots(&mut h));
+        let products: Vec<Product> = pair_views
+            .each()
+            .map(|(pair, frozen)| Product {
+                rows: tokens,
+                cols: pair.rank,
+                terms: vec![Term { a: u, b: Factor::Transposed(pair.a) }],
+                finish: Box::new(|tile| {
+                    write(h_slots, pair_views.width, pair.offset, &tile, |_, sums, out| {
+                        round_scaled_into(sums, frozen.scale, out);
+                    });
+                }),
+            })
+            .collect();
+        run(&products);
+        drop(products);
+
+        let y = if spec.has_residual {
+            let residual: &[f32] = cpu::values(&residual);
+            output::<f32>(tokens, &spec, &pair_views, u, &h, |row, cols, sums, bias, out| {
+                let residual = &residual[row * spec.d_out()..][cols];
+                add_into(sums, bias, residual, out);
+            })
+        } else {
+            output::<bf16>(tokens, &spec, &pair_views, u, &h, |_, _, sums, bias, out| {
+                round_biased_into(sums, bias, out);
+            })
+        };
+        let h = cpu::from_values(h, [tokens, pair_views.width]);
+        (y, Saved { input, inverse_rms, h, pairs, spec })
+    }
+
+    fn backward(saved: Saved<Self>, dy: FlexTensor, wants_x: bool) -> ProjectGradients<Self> {
+        let Saved { input, inverse_rms, h, pairs, spec } = saved;
+        let dy = cpu::contiguous(dy);
+        let [tokens, _] = dy.shape().dims();
+        let (d_in, d_out) = (spec.d_in(), spec.d_out());
+        let rounded = (dy.dtype() == DType::F32).then(|| rounded(cpu::values(&dy)));
+        let dy: &[bf16] = rounded.as_deref().unwrap_or_else(|| cpu::values(&dy));
+        let h: &[bf16] = cpu::values(&h);
+        let pair_views = Pairs::of(&pairs, &spec);
+        let columns = spec.columns();
+        let dy_of = |layer: usize| Operand::new(&dy[columns[layer].start..], tokens, columns[layer].len(), d_out);
+
+        // dh
+        let mut dh = vec![bf16::ZERO; tokens * pair_views.width];
+        let dh_slots = SharedSlots::new(cpu::as_slots(&mut dh));
+        let products: Vec<Product> = pair_views
+            .each()
+            .map(|(pair, frozen)| Product {
+                rows: tokens,
+                cols: pair.rank,
+                terms: vec![Term { a: dy_of(pair.layer), b: Factor::Plain(pair.b) }],
+                finish: Box::new(|tile| {
+                    write(dh_slots, pair_views.width, pair.offset, &tile, |_, sums, out| {
+                        round_scaled_into(sums, frozen.scale, out);
+                    });
+                }),
+            })
+            .collect();
+        run(&products);
+        drop(products);
+
+        // dA, dB and du: all that is left is independent
+        let u = again(&input, &spec.transform);
+        let u = Shared::of(&u, &input);
+        let u = Source::Halves { values: u.values(), stride: d_in };
+        let depth = tokens.next_multiple_of(2);
+        let (h_t, dh_t) =
+            (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
+        let mut du = DInput::new(wants_x, tokens, &spec);
+        let mut of_pairs: Vec<Unwritten> = pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
+        let slots: Vec<SharedSlots> = of_pairs.iter_mut().map(|v| SharedSlots::new(v.slots())).collect();
+        let mut products: Vec<Product> = Vec::new();
+        for (pair, _) in pair_views.each() {
+            let (da, db) = (slots[2 * pair.layer], slots[2 * pair.layer + 1]);
+            let rows = pair.offset * depth..;
+            let (rank, dh, h) = (pair.rank, &dh_t[rows.clone()], &h_t[rows]);
+            products.push(Product {
+                rows: rank,
+                cols: d_in,
+                terms: vec![Term { a: Operand::new(dh, rank, tokens, depth), b: Factor::Plain(u) }],
+                finish: Box::new(move |tile| {
+                    write(da, d_in, 0, &tile, |_, sums, out| {
+                        out.write_copy_of_slice(sums);
+                    });
+                }),
+            });
+            let dy = Source::Halves { values: &dy[columns[pair.layer].start..], stride: d_out };
+            products.push(Product {
+                rows: rank,
+                cols: columns[pair.layer].len(),
+                terms: vec![Term { a: Operand::new(h, rank, tokens, depth), b: Factor::Plain(dy) }],
+                finish: Box::new(move |tile| write_transposed(db, rank, &tile)),
+            });
+        }
+        if wants_x {
+            let mut terms = Vec::new();
+            for (layer, frozen) in spec.layers.iter().enumerate() {
+                let w = Source::Stored(frozen.weight.matrix());
+                terms.push(Term { a: dy_of(layer), b: Factor::Plain(w) });
+            }
+            for (pair, _) in pair_views.each() {
+                let dh = Operand::new(&dh[pair.offset..], tokens, pair.rank, pair_views.width);
+                terms.push(Term { a: dh, b: Factor::Plain(pair.a) });
+            }
+            let finish = du.finish(&input, d_in);
+            products.insert(0, Product { rows: tokens, cols: d_in, terms, finish });
+        }
+        run(&products);
+        drop(products);
+
+        let x = du.into_tensor(&input, &inverse_rms, &spec, tokens);
+        let of_pairs = of_pairs.into_iter().zip(&pairs).map(|(values, parameter)| {
+            // SAFETY: the products have written every element of A and B; those of rank 0 have none.
+            #[allow(unsafe_code)]
+            let values = unsafe { values.written() };
+            cpu::from_values(values, parameter.shape().dims::<2>())
+        });
+        ProjectGradients { x, pairs: of_pairs.collect() }
+    }
+}
+
+/// y, with `finish(row, columns, sums, bias, out)` for each part of a row.
+fn output<T: cpu::Value + burn::tensor::Element>(
+    tokens: usize,
+    spec: &Spec,
+    pairs: &Pairs,
+    u: Operand,
+    h: &[bf16],
+    finish: impl Fn(usize, Range<usize>, &[f32], Option<&[f32]>, &mut [MaybeUninit<T>]) + Sync,
+) -> FlexTensor {
+    let d_out = spec.d_out();
+    let mut y = Unwritten::<T>::new(tokens * d_out);
+    let slots = SharedSlots::new(y.slots());
+    let finish = &finish;
+    let products: Vec<Product> = spec
+        .layers
+        .iter()
+        .zip(spec.columns())
+        .zip(&pairs.pairs)
+        .map(|((frozen, columns), pair)| {
+            let w = Source::Stored(frozen.weight.matrix());
+            let mut terms = vec![Term { a: u, b: Factor::Transposed(w) }];
+            if pair.rank > 0 {
+                let h = Operand::new(&h[pair.offset..], tokens, pair.rank, pairs.width);
+                terms.push(Term { a: h, b: Factor::Transposed(pair.b) });
+            }
+            Product {
+                rows: tokens,
+                cols: columns.len(),
+                terms,
+                finish: Box::new(move |tile| {
+                    let bias = frozen.bias.as_ref().map(|bias| &bias[tile.cols.clone()]);
+                    let of_y = columns.start + tile.cols.start..columns.start + tile.cols.end;
+                    write(slots, d_out, columns.start, &tile, |row, sums, out| {
+                        finish(row, of_y.clone(), sums, bias, out);
+                    });
+                }),
+            }
+        })
+        .collect();
+    run(&products);
+    drop(products);
+    // SAFETY: the tiles of all layers cover y.
+    #[allow(unsafe_code)]
+    let y = unsafe { y.written() };
+    cpu::from_values(y, [tokens, d_out])
+}
+
+/// The low-rank pairs of the layers.
+struct Pairs<'a> {
+    pairs: Vec<Pair<'a>>,
+    /// Columns of h: all ranks, each padded to an even number.
+    width: usize,
+    spec: &'a Spec,
+}
+
+struct Pair<'a> {
+    layer: usize,
+    rank: usize,
+    /// First column of h.
+    offset: usize,
+    a: Source<'a>,
+    b: Source<'a>,
+}
+
+impl<'a> Pairs<'a> {
+    fn of(tensors: &'a [FlexTensor; 2 * MOST_LAYERS], spec: &'a Spec) -> Self {
+        let mut width = 0;
+        let pairs = (0..spec.layers.len()).map(|layer| {
+            let (a, b) = (&tensors[2 * layer], &tensors[2 * layer + 1]);
+            let [rank, d_in] = a.shape().dims();
+            let offset = width;
+            width += rank.next_multiple_of(2);
+            Pair {
+                layer,
+                rank,
+                offset,
+                a: Source::Floats { values: cpu::values(a), cols: d_in },
+                b: Source::Floats { values: cpu::values(b), cols: rank },
+            }
+        });
+        Self { pairs: pairs.collect(), width, spec }
+    }
+
+    /// Those of a rank above 0, with their layers.
+    fn each(&self) -> impl Iterator<Item = (&Pair<'a>, &'a Frozen)> {
+        self.pairs.iter().zip(&self.spec.layers).filter(|(pair, _)| pair.rank > 0)
+    }
+}
+
+/// Values that were made here, or those of the saved input where they are the same.
+enum Shared<'a> {
+    Own(&'a [bf16]),
+    Input(&'a FlexTensor),
+}
+
+impl<'a> Shared<'a> {
+    fn of(own: &'a Option<Vec<bf16>>, input: &'a FlexTensor) -> Self {
+        own.as_deref().map_or(Self::Input(input), Self::Own)
+    }
+
+    fn values(&self) -> &'a [bf16] {
+        match self {
+            Self::Own(values) => values,
+            Self::Input(tensor) => cpu::values(tensor),
+        }
+    }
+
+    fn operand(&self, rows: usize, cols: usize) -> Operand<'a> {
+        Operand::new(self.values(), rows, cols, cols)
+    }
+}
+
+/// What is saved of x, its inverse root mean squares, and u unless it is x.
+fn transform(
+    x: &FlexTensor,
+    tokens: usize,
+    width: usize,
+    transform: &Transform,
+) -> (FlexTensor, FlexTensor, Option<Vec<bf16>>) {
+    let none = || cpu::from_values(Vec::<f32>::new(), [0]);
+    match transform {
+        Transform::Plain => (x.clone(), none(), None),
+        Transform::SwiGlu => (x.clone(), none(), again(x, transform)),
+        Transform::Norm { gain, eps } => {
+            let x: &[f32] = cpu::values(x);
+            let (mut scaled, mut u) = (Unwritten::<bf16>::new(x.len()), Unwritten::<bf16>::new(x.len()));
+            let mut inverse_rms = Unwritten::<f32>::new(tokens);
+            x.par_chunks_exact(width.max(1))
+                .zip(scaled.slots().par_chunks_exact_mut(width.max(1)))
+                .zip(u.slots().par_chunks_exact_mut(width.max(1)))
+                .zip(inverse_rms.slots())
+                .with_min_len(ROWS_OF_A_TASK)
+                .for_each(|(((x, scaled), u), r)| {
+                    let inverse_rms = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
+                    r.write(inverse_rms);
+                    normalise(x, inverse_rms, gain, scaled, u);
+                });
+            // SAFETY: the loop has written every row and every r.
+            #[allow(unsafe_code)]
+            let (scaled, u, inverse_rms) = unsafe { (scaled.written(), u.written(), inverse_rms.written()) };
+            (cpu::from_values(scaled, [tokens, width]), cpu::from_values(inverse_rms, [tokens]), Some(u))
+        }
+    }
+}
+
+/// u from what was saved, unless it is the same.
+fn again(input: &FlexTensor, transform: &Transform) -> Option<Vec<bf16>> {
+    let [tokens, width] = input.shape().dims();
+    let input: &[bf16] = match transform {
+        Transform::Plain => return None,
+        Transform::Norm { .. } | Transform::SwiGlu => cpu::values(input),
+    };
+    let d_in = if matches!(transform, Transform::SwiGlu) { width / 2 } else { width };
+    let mut u = Unwritten::<bf16>::new(tokens * d_in);
+    input
+        .par_chunks_exact(width.max(1))
+        .zip(u.slots().par_chunks_exact_mut(d_in.max(1)))
+        .with_min_len(ROWS_OF_A_TASK)
+        .for_each(|(input, u)| match transform {
+            Transform::Norm { gain, .. } => multiply_into(input, gain, u),
+            Transform::Plain | Transform::SwiGlu => {
+                let (gate, up) = input.split_at(d_in);
+                activate(gate, up, u);
+            }
+        });
+    // SAFETY: the loop has written every row.
+    #[allow(unsafe_code)]
+    Some(unsafe { u.written() })
+}
+
+/// Rows of an element-wise loop that are worth a thread's while.
+const ROWS_OF_A_TASK: usize = 16;
+
+/// The gradient of x, on its way from that of u.
+enum DInput {
+    Unwanted,
+    Plain(Unwritten<bf16>),
+    Norm(Unwritten<f32>),
+    SwiGlu(Unwritten<bf16>),
+}
+
+impl DInput {
+    fn new(wanted: bool, tokens: usize, spec: &Spec) -> Self {
+        let len = tokens * spec.d_in();
+        match &spec.transform {
+            _ if !wanted => Self::Unwanted,
+            Transform::Plain => Self::Plain(Unwritten::new(len)),
+            Transform::Norm { .. } => Self::Norm(Unwritten::new(len)),
+            Transform::SwiGlu => Self::SwiGlu(Unwritten::new(2 * len)),
+        }
+    }
+
+    /// Takes tiles of du.
+    fn finish<'a>(&'a mut self, input: &'a FlexTensor, d_in: usize) -> Box<dyn Fn(Tile) + Sync + 'a> {
+        match self {
+            Self::Unwanted => Box::new(|_| {}),
+            Self::Plain(dx) => {
+                let slots = SharedSlots::new(dx.slots());
+                Box::new(move |tile| {
+                    write(slots, d_in, 0, &tile, |_, sums, out| round_biased_into(sums, None, out));
+                })
+            }
+            Self::Norm(du) => {
+                let slots = SharedSlots::new(du.slots());
+                Box::new(move |tile| {
+                    write(slots, d_in, 0, &tile, |_, sums, out| {
+                        out.write_copy_of_slice(sums);
+                    });
+                })
+            }
+            Self::SwiGlu(dx) => {
+                let slots = SharedSlots::new(dx.slots());
+                let input: &[bf16] = cpu::values(input);
+                Box::new(move |tile| {
+                    for row in tile.rows.clone() {
+                        let first = row * 2 * d_in + tile.cols.start;
+                        let (gate, up) = (&input[first..], &input[first + d_in..]);
+                        // SAFETY: tiles cover C once, so no other task has these columns of gate and up.
+                        #[allow(unsafe_code)]
+                        let (d_gate, d_up) = unsafe {
+                            let len = tile.cols.len();
+                            (slots.range(first, len), slots.range(first + d_in, len))
+                        };
+                        activate_backward(tile.row(row), gate, up, d_gate, d_up);
+                    }
+                })
+            }
+        }
+    }
+
+    /// dx, when all tiles of du have been taken.
+    fn into_tensor(
+        self,
+        input: &FlexTensor,
+        inverse_rms: &FlexTensor,
+        spec: &Spec,
+        tokens: usize,
+    ) -> Option<FlexTensor> {
+        let d_in = spec.d_in();
+        // SAFETY: the tiles have written every element.
+        #[allow(unsafe_code)]
+        match self {
+            Self::Unwanted => None,
+            Self::Plain(dx) => Some(cpu::from_values(unsafe { dx.written() }, [tokens, d_in])),
+            Self::SwiGlu(dx) => Some(cpu::from_values(unsafe { dx.written() }, [tokens, 2 * d_in])),
+            Self::Norm(du) => {
+                let mut dx = unsafe { du.written() };
+                if let Transform::Norm { gain, .. } = &spec.transform {
+                    dx.par_chunks_exact_mut(d_in.max(1))
+                        .zip(cpu::values::<bf16>(input).par_chunks_exact(d_in.max(1)))
+                        .zip(cpu::values::<f32>(inverse_rms))
+                        .with_min_len(ROWS_OF_A_TASK)
+                        .for_each(|((dx, scaled), r)| normalise_backward(dx, scaled, gain, *r));
+                }
+                Some(cpu::from_values(dx, [tokens, d_in]))
+            }
+        }
+    }
+}
+
+/// Gives each row of a tile and its part of the shared matrix (rows of `stride`, the tile's first column at
+/// `first`) to `row`.
+fn write<T: cpu::Value>(
+    out: SharedSlots<T>,
+    stride: usize,
+    first: usize,
+    tile: &Tile,
+    row: impl Fn(usize, &[f32], &mut [MaybeUninit<T>]),
+) {
+    for r in tile.rows.clone() {
+        // SAFETY: tiles cover C once, so no other task has these elements.
+        #[allow(unsafe_code)]
+        let slots = unsafe { out.range(r * stride + first + tile.cols.start, tile.cols.len()) };
+        row(r, tile.row(r), slots);
+    }
+}
+
+/// Writes a tile of C to the matrix `[cols, rank]` that is its transpose.
+fn write_transposed(out: SharedSlots, rank: usize, tile: &Tile) {
+    for (i, col) in tile.cols.clone().enumerate() {
+        // SAFETY: tiles cover C once, so no other task has these elements.
+        #[allow(unsafe_code)]
+        let slots = unsafe { out.range(col * rank + tile.rows.start, tile.rows.len()) };
+        for (slot, row) in slots.iter_mut().zip(tile.rows.clone()) {
+            slot.write(tile.row(row)[i]);
+        }
+    }
+}
+
+/// `[cols, rows]`, each row padded with zeros to an even length.
+fn transposed(values: &[bf16], rows: usize, cols: usize) -> Vec<bf16> {
+    let depth = rows.next_multiple_of(2);
+    let mut out = vec![bf16::ZERO; cols * depth];
+    for (row, values) in values.chunks_exact(cols.max(1)).enumerate() {
+        for (col, value) in values.iter().enumerate() {
+            out[col * depth + row] = *value;
+        }
+    }
+    out
+}
+
+fn rounded(values: &[f32]) -> Vec<bf16> {
+    const CHUNK: usize = 16 * 1024;
+    let mut out = vec![bf16::ZERO; values.len()];
+    out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(out, values)| round_row(values, out));
+    out
+}
+
+vectorised! {
+    fn round_scaled_into(sums: &[f32], scale: f32, out: &mut [MaybeUninit<bf16>]) {
+        for (sum, out) in sums.iter().zip(out) {
+            out.write(round(scale * *sum));
+        }
+    }
+
+    fn round_biased_into(sums: &[f32], bias: Option<&[f32]>, out: &mut [MaybeUninit<bf16>]) {
+        match bias {
+            Some(bias) => {
+                for ((sum, bias), out) in sums.iter().zip(bias).zip(out) {
+                    out.write(round(*sum + *bias));
+                }
+            }
+            None => {
+                for (sum, out) in sums.iter().zip(out) {
+                    out.write(round(*sum));
+                }
+            }
+        }
+    }
+
+    fn add_into(sums: &[f32], bias: Option<&[f32]>, residual: &[f32], out: &mut [MaybeUninit<f32>]) {
+        match bias {
+            Some(bias) => {
+                for (((sum, bias), residual), out) in sums.iter().zip(bias).zip(residual).zip(out) {
+                    out.write(*sum + *bias + *residual);
+                }
+            }
+            None => {
+                for ((sum, residual), out) in sums.iter().zip(residual).zip(out) {
+                    out.write(*sum + *residual);
+                }
+            }
+        }
+    }
+
+    fn normalise(
+        x: &[f32],
+        inverse_rms: f32,
+        gain: &[f32],
+        scaled: &mut [MaybeUninit<bf16>],
+        u: &mut [MaybeUninit<bf16>],
+    ) {
+        for (((x, gain), scaled), u) in x.iter().zip(gain).zip(scaled).zip(u) {
+            let value = round(*x * inverse_rms);
+            scaled.write(value);
+            u.write(round(widen(value) * *gain));
+        }
+    }
+
+    fn multiply_into(scaled: &[bf16], gain: &[f32], u: &mut [MaybeUninit<bf16>]) {
+        for ((scaled, gain), u) in scaled.iter().zip(gain).zip(u) {
+            u.write(round(widen(*scaled) * *gain));
+        }
+    }
+
+    /// `dx = r (g du - x̂ mean(g du x̂))` with x̂ = x r; `dx` holds du before.
+    fn normalise_backward(dx: &mut [f32], scaled: &[bf16], gain: &[f32], inverse_rms: f32) {
+        const LANES: usize = 32;
+        let mut lanes = [0.0_f32; LANES];
+        let chunks = dx.as_chunks::<LANES>().0.iter().zip(scaled.as_chunks::<LANES>().0);
+        for ((du, scaled), gain) in chunks.zip(gain.as_chunks::<LANES>().0) {
+            for i in 0..LANES {
+                lanes[i] += du[i] * gain[i] * widen(scaled[i]);
+            }
+        }
+        let tail = dx.len() / LANES * LANES;
+        let mut sum: f32 = lanes.iter().sum();
+        for i in tail..dx.len() {
+            sum += dx[i] * gain[i] * widen(scaled[i]);
+        }
+        let mean = sum / dx.len() as f32;
+        for ((dx, scaled), gain) in dx.iter_mut().zip(scaled).zip(gain) {
+            *dx = inverse_rms * (*dx * *gain - widen(*scaled) * mean);
+        }
+    }
+
+    fn activate(gate: &[bf16], up: &[bf16], u: &mut [MaybeUninit<bf16>]) {
+        for ((gate, up), u) in gate.iter().zip(up).zip(u) {
+            let gate = widen(*gate);
+            u.write(round(gate / (1.0 + exp(-gate)) * widen(*up)));
+        }
+    }
+
+    fn activate_backward(
+        du: &[f32],
+        gate: &[bf16],
+        up: &[bf16],
+        d_gate: &mut [MaybeUninit<bf16>],
+        d_up: &mut [MaybeUninit<bf16>],
+    ) {
+        for ((((du, gate), up), d_gate), d_up) in du.iter().zip(gate).zip(up).zip(d_gate).zip(d_up) {
+            let gate = widen(*gate);
+            let sigmoid = 1.0 / (1.0 + exp(-gate));
+            let silu = gate * sigmoid;
+            d_up.write(round(*du * silu));
+            d_gate.write(round(*du * widen(*up) * (sigmoid + silu * (1.0 - sigmoid))));
+        }
+    }
+}
+
+impl<B: ProjectKernels, C: CheckpointStrategy> Project for Autodiff<B, C> {
+    fn project(
+        x: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        a0: FloatTensor<Self>,
+        b0: FloatTensor<Self>,
+        a1: FloatTensor<Self>,
+        b1: FloatTensor<Self>,
+        a2: FloatTensor<Self>,
+        b2: FloatTensor<Self>,
+        spec: Arc<Spec>,
+    ) -> FloatTensor<Self> {
+        let (x, x_node) = x.into_parts();
+        let (residual, residual_node) = residual.into_parts();
+        let parts = [a0, b0, a1, b1, a2, b2].map(FloatTensor::<Self>::into_parts);
+        let [p0, p1, p2, p3, p4, p5] = parts;
+        let nodes = [x_node, residual_node, p0.1, p1.1, p2.1, p3.1, p4.1, p5.1];
+        let (y, saved) = B::forward(x, residual, [p0.0, p1.0, p2.0, p3.0, p4.0, p5.0], spec);
+        match ProjectBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(saved, y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct ProjectBackward;
+
+impl<B: ProjectKernels> Backward<B, 8> for ProjectBackward {
+    type State = Saved<B>;
+
+    fn backward(self, ops: Ops<Self::State, 8>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let [x, residual, pairs @ ..] = ops.parents;
+        let gradients = B::backward(ops.state, dy.clone(), x.is_some());
+        if let Some(residual) = residual {
+            grads.register::<B>(residual.id, dy);
+        }
+        if let (Some(x), Some(gradient)) = (x, gradients.x) {
+            grads.register::<B>(x.id, gradient);
+        }
+        for (node, gradient) in pairs.into_iter().zip(gradients.pairs) {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tune_quant::BlockType;
+
+    use super::*;
+    use crate::testing::{frozen, random, uniform, values};
+
+    /// What rounding factors to `bf16` may cost: torch's own bf16 autocast differs from its `f32` by about as much.
+    const LARGEST: f32 = 2e-2;
+    const ROOT_MEAN_SQUARE: f32 = 8e-3;
+
+    fn to_bf16(x: &Tensor<2>) -> Tensor<2> {
+        x.clone().cast(DType::BF16)
+    }
+
+    fn assert_close(what: &str, got: Tensor<2>, want: Tensor<2>) {
+        assert_eq!(got.dims(), want.dims(), "{what}");
+        let (got, want) = (values(got), values(want));
+        let largest = want.iter().fold(1e-6_f32, |a, b| a.max(b.abs()));
+        let mut squares = (0.0, 1e-12);
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!((got - want).abs() <= LARGEST * largest, "{what}[{i}]: {got}, want {want} of {largest}");
+            squares = (squares.0 + (got - want).powi(2), squares.1 + want.powi(2));
+        }
+        let relative = (squares.0 / squares.1).sqrt();
+        assert!(relative <= ROOT_MEAN_SQUARE, "{what}: relative error {relative}");
+    }
+
+    /// Everything that is trained or read, and the same with the roles of a projection.
+    struct Case {
+        transform: &'static str,
+        ranks: Vec<usize>,
+        bias: bool,
+        residual: bool,
+        block_type: BlockType,
+        tokens: usize,
+        d_in: usize,
+        d_out: usize,
+    }
+
+    impl Case {
+        fn assert(&self) {
+            let width = if self.transform == "swiglu" { 2 * self.d_in } else { self.d_in };
+            let mut leaves = vec![random(1, [self.tokens, width])];
+            if self.residual {
+                leaves.push(random(2, [self.tokens, self.d_out * self.ranks.len()]));
+            }
+            for (i, rank) in self.ranks.iter().enumerate() {
+                leaves.push(random(10 + i as u64, [*rank, self.d_in]));
+                leaves.push(random(20 + i as u64, [self.d_out, *rank]));
+            }
+            let weighting = random(3, [self.tokens, self.d_out * self.ranks.len()]);
+            let gradients = |fast: bool| {
+                let tracked: Vec<_> = leaves.iter().map(|x| x.clone().autodiff().require_grad()).collect();
+                let y = self.apply(&tracked, fast);
+                let y = if fast { y.cast(DType::F32) } else { y };
+                let tape = (y.clone() * weighting.clone().autodiff()).sum().backward();
+                let of_leaves = tracked.iter().map(|x| x.grad(&tape)).collect::<Vec<_>>();
+                (y.inner(), of_leaves)
+            };
+            let ((got_y, got), (want_y, want)) = (gradients(true), gradients(false));
+            assert_close("y", got_y, want_y.clone());
+            assert_close("y without a graph", self.apply(&leaves, true).cast(DType::F32), want_y);
+            for (i, (got, want)) in got.into_iter().zip(want).enumerate() {
+                if leaves[i].dims().contains(&0) {
+                    continue;
+                }
+                let (got, want) = (got.expect("a gradient"), want.expect("a gradient"));
+                assert_close(&format!("gradient {i}"), got.cast(DType::F32), want);
+            }
+        }
+
+        fn apply(&self, leaves: &[Tensor<2>], fast: bool) -> Tensor<2> {
+            let mut leaves = leaves.iter().cloned();
+            let x = leaves.next().unwrap();
+            let as_input = |x: Tensor<2>| if fast { to_bf16(&x) } else { x };
+            let input = match self.transform {
+                "plain" => Input::Plain(as_input(x)),
+                "swiglu" => Input::SwiGlu(as_input(x)),
+                _ => Input::Norm { x, gain: uniform(4, self.d_in).into(), eps: 1e-5 },
+            };
+            let residual = self.residual.then(|| leaves.next().unwrap());
+            let layers: Vec<Layer> = self
+                .ranks
+                .iter()
+                .map(|rank| {
+                    let (a, b) = (leaves.next().unwrap(), leaves.next().unwrap());
+                    Layer {
+                        weight: frozen(self.block_type, [self.d_out, self.d_in]),
+                        bias: self.bias.then(|| uniform(5, self.d_out).into()),
+                        adapter: (*rank > 0).then_some((a, b, 0.5)),
+                    }
+                })
+                .collect();
+            if fast { project(input, &layers, residual) } else { reference(input, &layers, residual) }
+        }
+    }
+
+    #[test]
+    fn equals_the_reference() {
+        for transform in ["plain", "norm", "swiglu"] {
+            for (ranks, residual) in [(vec![16, 4, 3], false), (vec![8], true), (vec![0, 2], false), (vec![0], true)] {
+                for (block_type, tokens, d_out, d_in) in [
+                    (BlockType::Q4_0, 33, 96, 64),
+                    (BlockType::Q8_0, 50, 40, 416),
+                    (BlockType::BF16, 7, 31, 54),
+                    (BlockType::Q4K, 20, 70, 512),
+                ] {
+                    let bias = tokens == 7;
+                    let ranks = ranks.clone();
+                    Case { transform, ranks, bias, residual, block_type, tokens, d_in, d_out }.assert();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_tokens_and_one_token() {
+        let layers = [Layer { weight: frozen(BlockType::Q8_0, [8, 32]), bias: None, adapter: None }];
+        assert_eq!(project(Input::Plain(to_bf16(&random(1, [0, 32]))), &layers, None).dims(), [0, 8]);
+        let ranks = vec![4];
+        let case = Case {
+            transform: "norm",
+            ranks,
+            bias: true,
+            residual: false,
+            block_type: BlockType::F32,
+            tokens: 1,
+            d_in: 64,
+            d_out: 32,
+        };
+        case.assert();
+    }
+
+    #[test]
+    fn a_plain_input_beside_trained_pairs_is_a_constant() {
+        let (a, b) = (random(2, [2, 32]).autodiff().require_grad(), random(3, [8, 2]).autodiff().require_grad());
+        let layers = [Layer {
+            weight: frozen(BlockType::Q8_0, [8, 32]),
+            bias: None,
+            adapter: Some((a.clone(), b.clone(), 1.0)),
+        }];
+        let tape = project(Input::Plain(to_bf16(&random(1, [5, 32]))), &layers, None).sum().backward();
+        assert!(a.grad(&tape).is_some() && b.grad(&tape).is_some());
+    }
+}
