@@ -237,10 +237,9 @@ impl Llama {
         self.final_norm(x)
     }
 
-    /// An empty cache for `capacity` tokens.
+    /// An empty cache for at most `capacity` tokens.
     pub fn kv_cache(&self, capacity: usize) -> KvCache {
-        let width = self.config.num_key_value_heads * self.config.head_dim;
-        KvCache::new(self.blocks.len(), capacity, width, &self.device)
+        KvCache::new(self.blocks.len(), capacity)
     }
 
     /// Logits `[tokens, vocab]` of hidden states behind the final norm. For a few tokens only: training and
