@@ -1,4 +1,4 @@
-//! IQ4_NL, IQ4_XS and MXFP4: 4-bit indices into a table of 16 values. Decoding only.
+//! IQ4_NL, IQ4_XS and MXFP4: 4-bit indices into a table of 16 values.
 //!
 //! Byte j of 16 holds the index of value j in its low nibble and of value j + 16 in its high one.
 #![allow(clippy::inline_always)] // block decoders take the instruction set of `BlockType::decode`
@@ -6,7 +6,7 @@
 use crate::float::half_at;
 
 /// The levels of IQ4_NL and IQ4_XS.
-const NON_LINEAR: [f32; 16] = [
+pub(crate) const NON_LINEAR: [f32; 16] = [
     -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
 ];
 
