@@ -22,8 +22,7 @@ const VALUES: usize = 1 << 22;
 const ROW: usize = 4096;
 
 /// `size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix)`
-type QuantizeChunk =
-    unsafe extern "C" fn(c_int, *const f32, *mut c_void, i64, i64, i64, *const f32) -> usize;
+type QuantizeChunk = unsafe extern "C" fn(c_int, *const f32, *mut c_void, i64, i64, i64, *const f32) -> usize;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -3,7 +3,7 @@
 
 use super::lanes::{Column, Lanes, Levels, SIDE_BY_SIDE};
 use super::searches::{Columns, TINY, largest_magnitude};
-use super::{columns, in_order, push_half, vectors};
+use super::{blocks, columns, in_order, put_half, put_nibbles, vectors};
 use crate::codebook_quants::NON_LINEAR;
 
 const LEN: usize = 32;
@@ -18,10 +18,10 @@ static LEVELS: Levels = Levels::new(NON_LINEAR);
 pub(super) fn encode_iq4_nl<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     for values in values.chunks(TOTAL) {
         let x = columns::<LEN>(values);
-        let blocks = values.len() / LEN;
+        let count = values.len() / LEN;
         let mut scales = Column::ZERO;
         let mut bytes = [[0; SIDE_BY_SIDE]; LEN];
-        for at in vectors::<L>(blocks) {
+        for at in vectors::<L>(count) {
             let zero = L::splat(0.0);
             let first = L::splat(NON_LINEAR[0]);
             let largest = largest_magnitude::<L>(&x, at);
@@ -45,9 +45,9 @@ pub(super) fn encode_iq4_nl<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
             scale.store(&mut scales, at);
         }
         let q: [u8; TOTAL] = in_order(&bytes);
-        for (&scale, q) in scales.0.iter().zip(q.as_chunks::<LEN>().0).take(blocks) {
-            push_half(scale, out);
-            push_nibbles(q, out);
+        for (lane, (_, block)) in blocks::<LEN, 18>(values, out).enumerate() {
+            put_half(scales.0[lane], &mut block[..2]);
+            put_nibbles(&q.as_chunks().0[lane], &mut block[2..]);
         }
     }
 }
@@ -73,38 +73,42 @@ pub(super) fn encode_mxfp4<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
     for values in values.chunks(TOTAL) {
         let x = columns::<LEN>(values);
-        let blocks = values.len() / LEN;
+        let count = values.len() / LEN;
         let mut magnitudes = Column::ZERO;
-        for at in vectors::<L>(blocks) {
+        for at in vectors::<L>(count) {
             largest_magnitude::<L>(&x, at).abs().store(&mut magnitudes, at);
         }
-        let exponents = magnitudes.0.map(mxfp4_exponent);
-        let scales = Column(exponents.map(half_power_of_two));
+        let (mut exponents, mut scales) = ([0; SIDE_BY_SIDE], Column::ZERO);
+        for lane in 0..count {
+            exponents[lane] = mxfp4_exponent(magnitudes.0[lane]);
+            scales.0[lane] = half_power_of_two(exponents[lane]);
+        }
         let mut bytes = [[0; SIDE_BY_SIDE]; LEN];
-        for at in vectors::<L>(blocks) {
+        for at in vectors::<L>(count) {
             let (zero, one) = (L::splat(0.0), L::splat(1.0));
             let scale = L::load(&scales, at);
-            let midpoints = MIDPOINTS.map(|midpoint| L::splat(midpoint) * scale);
             for (x, byte) in x.iter().zip(&mut bytes) {
                 let x = L::load(x, at);
                 let mut code = zero;
-                for midpoint in midpoints {
-                    code = L::select(midpoint.less(x.abs()), code + one, code);
+                for midpoint in MIDPOINTS {
+                    let is_above = (L::splat(midpoint) * scale).less(x.abs());
+                    code = L::select(is_above, code + one, code);
                 }
                 let is_negative = L::both(x.less(zero), zero.less(code));
                 L::select(is_negative, code + L::splat(8.0), code).store_bytes(byte, at);
             }
         }
         let q: [u8; TOTAL] = in_order(&bytes);
-        for (&exponent, q) in exponents.iter().zip(q.as_chunks::<LEN>().0).take(blocks) {
-            out.push(exponent);
-            push_nibbles(q, out);
+        for (lane, (_, block)) in blocks::<LEN, 17>(values, out).enumerate() {
+            block[0] = exponents[lane];
+            put_nibbles(&q.as_chunks().0[lane], &mut block[1..]);
         }
     }
 }
 
 /// `floor(log2 magnitude) − 2 + 127` in eight bits, where the logarithm is rounded to a single first: just below a
 /// power of two it can reach the next integer.
+#[inline(always)]
 fn mxfp4_exponent(magnitude: f32) -> u8 {
     if magnitude > 0.0 {
         let log2 = f64::from(magnitude).log2() as f32;
@@ -115,11 +119,8 @@ fn mxfp4_exponent(magnitude: f32) -> u8 {
 }
 
 /// `2^(exponent − 128)`: half the scale of the block, as the levels are twice those of E2M1.
+#[inline(always)]
 fn half_power_of_two(exponent: u8) -> f32 {
     // 2^-128 and 2^-127 are subnormal.
     f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { u32::from(exponent - 1) << 23 })
-}
-
-fn push_nibbles(q: &[u8; LEN], out: &mut Vec<u8>) {
-    out.extend((0..16).map(|j| q[j] | q[16 + j] << 4));
 }

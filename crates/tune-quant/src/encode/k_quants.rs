@@ -5,11 +5,10 @@
 //! keeps the codes of its search, which no longer matter but are stored.
 #![allow(clippy::inline_always)] // one copy per instruction set
 
-use half::f16;
-
 use super::lanes::{Column, Lanes, SIDE_BY_SIDE, nearest_int};
 use super::searches::{Asymmetric, Columns, TINY, Trials, asymmetric, clamp, one_by_one, symmetric};
-use super::{columns, in_order, push_half, vectors};
+use super::{blocks, columns, in_order, put_half, vectors};
+use crate::float::rounded_to_half;
 
 /// Values of a super-block.
 const LEN: usize = 256;
@@ -20,8 +19,8 @@ const PAIR: usize = 2 * LEN;
 pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     const MAX_CODE: f32 = 3.0;
     let trials = Trials { max_code: MAX_CODE, first: -0.5, count: 15, absolute: true };
-    for block in values.as_chunks::<LEN>().0 {
-        let x = columns::<16>(block);
+    for (values, block) in blocks::<LEN, 84>(values, out) {
+        let x = columns::<16>(values);
         let mut weights = [Column::ZERO; 16];
         for at in vectors::<L>(16) {
             for (w, x) in weights.iter_mut().zip(&x) {
@@ -36,57 +35,82 @@ pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
             let both = scale[k] | min[k] << 4;
             stored.scale.0[k] = d * f32::from(both & 15);
             stored.min.0[k] = dmin * f32::from(both >> 4);
-            out.push(both);
+            block[k] = both;
         }
         let q: [u8; LEN] = in_order(&found.codes_again(&x, &stored, MAX_CODE));
-        push_bit_pairs(&q, out);
-        push_half(d, out);
-        push_half(dmin, out);
+        put_bit_pairs(&q, &mut block[16..80]);
+        put_half(d, &mut block[80..82]);
+        put_half(dmin, &mut block[82..84]);
     }
 }
 
 #[inline(always)]
 pub(super) fn encode_q3_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
-    const HALF: f32 = 4.0;
-    for block in values.as_chunks::<LEN>().0 {
-        let x = columns::<16>(block);
-        let (mut scales, mut codes) = (Column::ZERO, [Column::ZERO; 16]);
+    for pair in values.chunks(PAIR) {
+        let (first, second) = pair.split_at(LEN);
+        let x = [columns::<16>(first), columns::<16>(second)];
+        let (mut scales, mut codes) = ([Column::ZERO; 2], [[Column::ZERO; 16]; 2]);
         for at in vectors::<L>(16) {
-            one_by_one::<L, _>(&x, at, &mut codes).store(&mut scales, at);
+            let found: [L; 2] = one_by_one(&x, at, &mut codes);
+            found[0].store(&mut scales[0], at);
+            found[1].store(&mut scales[1], at);
         }
-        let largest = largest_scale(&scales.0);
-        let inverse = -32.0 / largest;
-        let (mut sixes, mut d) = ([0_u8; 16], 0.0);
-        if largest != 0.0 {
-            sixes = scales.0.map(|scale| (nearest_int(inverse * scale).clamp(-32, 31) + 32) as u8);
-            d = rounded_to_half(1.0 / inverse);
+        for (part, (_, block)) in blocks::<LEN, 110>(pair, out).enumerate() {
+            finish_q3_k::<L>(&x[part], &scales[part].0, &codes[part], block);
         }
-        let scale = Column(sixes.map(|six| d * f32::from(six as i8 - 32)));
-
-        let mut bytes = [[0; SIDE_BY_SIDE]; 16];
-        for at in vectors::<L>(16) {
-            let scale = L::load(&scale, at);
-            let is_zero = scale.equal(L::splat(0.0));
-            for ((x, kept), byte) in x.iter().zip(&codes).zip(&mut bytes) {
-                let again = clamp((L::load(x, at) / scale).nearest_int(), -HALF, HALF - 1.0);
-                let code = L::select(is_zero, L::load(kept, at), again);
-                (code + L::splat(HALF)).store_bytes(byte, at);
-            }
-        }
-        let q: [u8; LEN] = in_order(&bytes);
-        out.extend((0..32).map(|l| (0..8).fold(0, |bits, b| bits | (q[32 * b + l] >> 2) << b)));
-        push_bit_pairs(&q.map(|q| q & 3), out);
-        out.extend((0..8).map(|k| sixes[k] & 15 | sixes[k + 8] << 4));
-        out.extend((0..4).map(|k| (0..4).fold(0, |bits, part| bits | sixes[4 * part + k] >> 4 << (2 * part))));
-        push_half(d, out);
     }
+}
+
+/// The block of values whose sub-blocks have these scales and codes.
+#[inline(always)]
+fn finish_q3_k<L: Lanes>(x: &Columns<16>, scales: &[f32; 16], codes: &Columns<16>, block: &mut [u8; 110]) {
+    const HALF: f32 = 4.0;
+    let largest = largest_scale(scales);
+    let (mut sixes, mut d) = ([0_u8; 16], 0.0);
+    if largest != 0.0 {
+        let inverse = -32.0 / largest;
+        d = rounded_to_half(1.0 / inverse);
+        for (six, scale) in sixes.iter_mut().zip(scales) {
+            *six = (nearest_int(inverse * scale).clamp(-32, 31) + 32) as u8;
+        }
+    }
+    let mut scale = Column::ZERO;
+    for (scale, six) in scale.0.iter_mut().zip(sixes) {
+        *scale = d * f32::from(six as i8 - 32);
+    }
+
+    let mut bytes = [[0; SIDE_BY_SIDE]; 16];
+    for at in vectors::<L>(16) {
+        let scale = L::load(&scale, at);
+        let is_zero = scale.equal(L::splat(0.0));
+        for ((x, kept), byte) in x.iter().zip(codes).zip(&mut bytes) {
+            let again = clamp((L::load(x, at) / scale).nearest_int(), -HALF, HALF - 1.0);
+            let code = L::select(is_zero, L::load(kept, at), again);
+            (code + L::splat(HALF)).store_bytes(byte, at);
+        }
+    }
+    let q: [u8; LEN] = in_order(&bytes);
+    put_top_bits(&q, 2, &mut block[..32]);
+    put_bit_pairs(&q, &mut block[32..96]);
+    for k in 0..8 {
+        block[96 + k] = sixes[k] & 15 | sixes[k + 8] << 4;
+    }
+    for k in 0..4 {
+        let top = |part: usize| sixes[4 * part + k] >> 4 << (2 * part);
+        block[104 + k] = top(0) | top(1) | top(2) | top(3);
+    }
+    put_half(d, &mut block[108..110]);
 }
 
 #[inline(always)]
 pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     let trials = Trials { max_code: 15.0, first: -1.0, count: 20, absolute: false };
     for pair in values.chunks(PAIR) {
-        encode_pair::<L>(pair, trials, out, push_nibble_pairs);
+        let (heads, codes) = encode_pair::<L>(pair, trials);
+        for (part, (_, block)) in blocks::<LEN, 144>(pair, out).enumerate() {
+            block[..16].copy_from_slice(&heads[part]);
+            put_nibble_pairs(&codes.as_chunks().0[part], &mut block[16..]);
+        }
     }
 }
 
@@ -94,18 +118,21 @@ pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     let trials = Trials { max_code: 31.0, first: -0.5, count: 15, absolute: false };
     for pair in values.chunks(PAIR) {
-        encode_pair::<L>(pair, trials, out, |q, out| {
-            out.extend((0..32).map(|l| (0..8).fold(0, |bits, b| bits | (q[32 * b + l] >> 4) << b)));
-            push_nibble_pairs(&q.map(|q| q & 15), out);
-        });
+        let (heads, codes) = encode_pair::<L>(pair, trials);
+        for (part, (_, block)) in blocks::<LEN, 176>(pair, out).enumerate() {
+            let codes = &codes.as_chunks().0[part];
+            block[..16].copy_from_slice(&heads[part]);
+            put_top_bits(codes, 4, &mut block[16..48]);
+            put_nibble_pairs(codes, &mut block[48..]);
+        }
     }
 }
 
 #[inline(always)]
 pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     const HALF: f32 = 32.0;
-    for block in values.as_chunks::<LEN>().0 {
-        let x = columns::<16>(block);
+    for (values, block) in blocks::<LEN, 210>(values, out) {
+        let x = columns::<16>(values);
         let mut scales = Column::ZERO;
         let mut found = [None; SIDE_BY_SIDE];
         for at in vectors::<L>(16) {
@@ -115,13 +142,16 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
         }
         let largest = largest_scale(&scales.0);
         if largest.abs() < TINY {
-            out.extend([0; 210]);
-            continue;
+            continue; // the block is zeros already
         }
         let inverse = -128.0 / largest;
         let d = rounded_to_half(1.0 / inverse);
-        let eights = scales.0.map(|scale| nearest_int(inverse * scale).min(127) as i8);
-        let scale = Column(eights.map(|eight| d * f32::from(eight)));
+        let mut scale = Column::ZERO;
+        for k in 0..16 {
+            let eight = nearest_int(inverse * scales.0[k]).min(127) as i8;
+            scale.0[k] = d * f32::from(eight);
+            block[192 + k] = eight as u8;
+        }
 
         let mut bytes = [[0; SIDE_BY_SIDE]; 16];
         for at in vectors::<L>(16) {
@@ -137,25 +167,22 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
             }
         }
         let q: [u8; LEN] = in_order(&bytes);
-        for q in q.as_chunks::<128>().0 {
-            out.extend((0..64).map(|l| q[l] & 15 | q[64 + l] << 4));
+        for (c, q) in q.as_chunks::<128>().0.iter().enumerate() {
+            for l in 0..64 {
+                block[64 * c + l] = q[l] & 15 | q[64 + l] << 4;
+            }
+            for l in 0..32 {
+                let top = |t: usize| q[32 * t + l] >> 4 << (2 * t);
+                block[128 + 32 * c + l] = top(0) | top(1) | top(2) | top(3);
+            }
         }
-        for q in q.as_chunks::<128>().0 {
-            out.extend((0..32).map(|l| (0..4).fold(0, |bits, t| bits | q[32 * t + l] >> 4 << (2 * t))));
-        }
-        out.extend(eights.map(|eight| eight as u8));
-        push_half(d, out);
+        put_half(d, &mut block[208..210]);
     }
 }
 
-/// One or two super-blocks of Q4_K or Q5_K; `push_codes` writes the codes of one.
+/// One or two super-blocks of Q4_K or Q5_K: scales and minima as they are stored, and the codes, one a byte.
 #[inline(always)]
-fn encode_pair<L: Lanes>(
-    values: &[f32],
-    trials: Trials,
-    out: &mut Vec<u8>,
-    push_codes: impl Fn(&[u8; LEN], &mut Vec<u8>),
-) {
+fn encode_pair<L: Lanes>(values: &[f32], trials: Trials) -> ([[u8; 16]; 2], [u8; PAIR]) {
     let sub_blocks = values.len() / 32;
     let x = columns::<32>(values);
     let mut weights = [Column::ZERO; 32];
@@ -177,8 +204,8 @@ fn encode_pair<L: Lanes>(
         let of_part = |column: &Column| column.0.as_chunks::<8>().0[part];
         let (scale, d) = quantised(&of_part(&found.scales), 63.0);
         let (min, dmin) = quantised(&of_part(&found.mins), 63.0);
-        head[0..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
-        head[2..4].copy_from_slice(&f16::from_f32(dmin).to_le_bytes());
+        put_half(d, &mut head[0..2]);
+        put_half(dmin, &mut head[2..4]);
         let packed = &mut head[4..];
         for k in 0..8 {
             let (scale, min) = (scale[k].min(63), min[k].min(63));
@@ -194,11 +221,7 @@ fn encode_pair<L: Lanes>(
             }
         }
     }
-    let q: [u8; PAIR] = in_order(&found.codes_again(&x, &stored, trials.max_code));
-    for (head, q) in heads.iter().zip(q.as_chunks::<LEN>().0).take(sub_blocks / 8) {
-        out.extend(head);
-        push_codes(q, out);
-    }
+    (heads, in_order(&found.codes_again(&x, &stored, trials.max_code)))
 }
 
 /// What the searches found for sixteen sub-blocks.
@@ -229,8 +252,7 @@ impl<L: Lanes> Found<L> {
         sub_blocks: usize,
         trials: Trials,
     ) -> Self {
-        let mut found =
-            Self { scales: Column::ZERO, mins: Column::ZERO, searches: [None; SIDE_BY_SIDE] };
+        let mut found = Self { scales: Column::ZERO, mins: Column::ZERO, searches: [None; SIDE_BY_SIDE] };
         for at in vectors::<L>(sub_blocks) {
             let search = asymmetric::<L, SUB>(x, weights, at, trials);
             search.scale.store(&mut found.scales, at);
@@ -265,33 +287,57 @@ impl<L: Lanes> Found<L> {
 
 /// Numbers that are not below zero as integers, the largest becoming `max`, and the unit that they count, rounded to
 /// half. Integers are what is left of a wider one in eight bits, as in the reference, should a number be negative.
+#[inline(always)]
 fn quantised<const N: usize>(numbers: &[f32; N], max: f32) -> ([u8; N], f32) {
-    let largest = numbers.iter().fold(0.0, |max: f32, &v| if v > max { v } else { max });
+    let mut largest = 0.0_f32;
+    for &v in numbers {
+        largest = if v > largest { v } else { largest };
+    }
     let inverse = if largest > 0.0 { max / largest } else { 0.0 };
-    (numbers.map(|v| nearest_int(inverse * v) as u8), rounded_to_half(largest / max))
+    let mut integers = [0; N];
+    for (integer, v) in integers.iter_mut().zip(numbers) {
+        *integer = nearest_int(inverse * v) as u8;
+    }
+    (integers, rounded_to_half(largest / max))
 }
 
 /// The scale of largest magnitude with its sign, the first of equals.
-fn largest_scale(scales: &[f32; SIDE_BY_SIDE]) -> f32 {
-    scales.iter().fold(0.0, |largest: f32, &v| if v.abs() > largest.abs() { v } else { largest })
-}
-
-fn rounded_to_half(v: f32) -> f32 {
-    f16::from_f32(v).to_f32()
-}
-
-/// Four 2-bit codes a byte: `v = 128c + 32t + l` is field `t` of byte `32c + l`.
 #[inline(always)]
-fn push_bit_pairs(q: &[u8; LEN], out: &mut Vec<u8>) {
-    for q in q.as_chunks::<128>().0 {
-        out.extend((0..32).map(|l| q[l] | q[32 + l] << 2 | q[64 + l] << 4 | q[96 + l] << 6));
+fn largest_scale(scales: &[f32; SIDE_BY_SIDE]) -> f32 {
+    let mut largest = 0.0_f32;
+    for &v in scales {
+        largest = if v.abs() > largest.abs() { v } else { largest };
+    }
+    largest
+}
+
+/// Four 2-bit codes a byte: `v = 128c + 32t + l` is field `t` of byte `32c + l`. Higher bits are left out.
+#[inline(always)]
+fn put_bit_pairs(q: &[u8; LEN], to: &mut [u8]) {
+    for (q, to) in q.as_chunks::<128>().0.iter().zip(to.as_chunks_mut::<32>().0) {
+        for l in 0..32 {
+            let pair = |t: usize| (q[32 * t + l] & 3) << (2 * t);
+            to[l] = pair(0) | pair(1) | pair(2) | pair(3);
+        }
     }
 }
 
-/// Two 4-bit codes a byte: `v = 64c + 32h + l` is nibble `h` of byte `32c + l`.
+/// Two 4-bit codes a byte: `v = 64c + 32h + l` is nibble `h` of byte `32c + l`. Higher bits are left out.
 #[inline(always)]
-fn push_nibble_pairs(q: &[u8; LEN], out: &mut Vec<u8>) {
-    for q in q.as_chunks::<64>().0 {
-        out.extend((0..32).map(|l| q[l] | q[32 + l] << 4));
+fn put_nibble_pairs(q: &[u8; LEN], to: &mut [u8]) {
+    for (q, to) in q.as_chunks::<64>().0.iter().zip(to.as_chunks_mut::<32>().0) {
+        for l in 0..32 {
+            to[l] = q[l] & 15 | q[32 + l] << 4;
+        }
+    }
+}
+
+/// The bit of value 2^`bit`, the highest of a code: that of `v = 32b + l` is bit `b` of byte `l`.
+#[inline(always)]
+fn put_top_bits(q: &[u8; LEN], bit: u32, to: &mut [u8]) {
+    for (b, q) in q.as_chunks::<32>().0.iter().enumerate() {
+        for (byte, q) in to.iter_mut().zip(q) {
+            *byte |= q >> bit << b;
+        }
     }
 }

@@ -42,8 +42,6 @@ pub(super) trait Lanes:
     fn sqrt(self) -> Self;
     fn min(self, other: Self) -> Self;
     fn max(self, other: Self) -> Self;
-    /// Toward zero; the number is below 2^22 in magnitude.
-    fn trunc(self) -> Self;
     /// To the nearest integer, ties to even; the number is below 2^22 in magnitude.
     fn round(self) -> Self;
     /// As [`round`](Self::round), and for all other numbers what [`nearest_int`] says.
@@ -86,6 +84,7 @@ impl Levels {
 /// Rounding as the reference does it, by reading the low bits of `v + ROUNDING`. Where `v` is 2^22 or more in
 /// magnitude, infinite or not a number, these bits hold something else, which decides codes of blocks with extreme
 /// ratios between values.
+#[inline(always)]
 pub(super) fn nearest_int(v: f32) -> i32 {
     ((v + ROUNDING).to_bits() & 0x007F_FFFF) as i32 - 0x0040_0000
 }
@@ -160,11 +159,6 @@ impl Lanes for Portable {
     #[inline(always)]
     fn max(self, other: Self) -> Self {
         self.zip(other, |a, b| if a > b { a } else { b })
-    }
-
-    #[inline(always)]
-    fn trunc(self) -> Self {
-        Self(self.0.map(|v| v as i32 as f32))
     }
 
     #[inline(always)]

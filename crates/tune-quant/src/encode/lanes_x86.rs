@@ -9,7 +9,6 @@ use std::ops::{Add, Div, Mul, Sub};
 use super::lanes::{Column, Lanes, Levels, ROUNDING, SIDE_BY_SIDE};
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-const TOWARD_ZERO: i32 = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
 
 /// Eight lanes; needs AVX2.
 #[derive(Clone, Copy)]
@@ -89,11 +88,6 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn max(self, other: Self) -> Self {
         Self(unsafe { _mm256_max_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn trunc(self) -> Self {
-        Self(unsafe { _mm256_round_ps::<TOWARD_ZERO>(self.0) })
     }
 
     #[inline(always)]
@@ -226,11 +220,6 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn max(self, other: Self) -> Self {
         Self(unsafe { _mm512_max_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn trunc(self) -> Self {
-        Self(unsafe { _mm512_roundscale_ps::<TOWARD_ZERO>(self.0) })
     }
 
     #[inline(always)]

@@ -76,6 +76,18 @@ fn encode_with<L: Lanes>(block_type: BlockType, values: &[f32], out: &mut Vec<u8
     }
 }
 
+/// Blocks of values, each with the place for its bytes at the end of `out`.
+#[inline(always)]
+fn blocks<'a, const LEN: usize, const BYTES: usize>(
+    values: &'a [f32],
+    out: &'a mut Vec<u8>,
+) -> impl Iterator<Item = (&'a [f32; LEN], &'a mut [u8; BYTES])> {
+    let values = values.as_chunks::<LEN>().0;
+    let start = out.len();
+    out.resize(start + values.len() * BYTES, 0);
+    values.iter().zip(out[start..].as_chunks_mut::<BYTES>().0)
+}
+
 /// Up to sixteen blocks of `LEN` values, side by side; those that `values` does not fill are zero.
 #[inline(always)]
 fn columns<const LEN: usize>(values: &[f32]) -> Columns<LEN> {
@@ -106,8 +118,17 @@ fn vectors<L: Lanes>(blocks: usize) -> impl Iterator<Item = usize> {
     (0..blocks).step_by(L::LANES)
 }
 
-fn push_half(value: f32, out: &mut Vec<u8>) {
-    out.extend(half::f16::from_f32(value).to_le_bytes());
+#[inline(always)]
+fn put_half(value: f32, to: &mut [u8]) {
+    to.copy_from_slice(&float::f32_to_half(value).to_le_bytes());
+}
+
+/// Code j in the low nibble of byte j, code j + 16 in its high one.
+#[inline(always)]
+fn put_nibbles(codes: &[u8; 32], to: &mut [u8]) {
+    for (j, byte) in to.iter_mut().enumerate() {
+        *byte = codes[j] & 15 | codes[16 + j] << 4;
+    }
 }
 
 #[cfg(test)]

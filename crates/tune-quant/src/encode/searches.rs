@@ -186,58 +186,64 @@ fn squared_fit<L: Lanes, const LEN: usize>(
     (sum_qx, sum_qq)
 }
 
-/// Scale and codes from −4 to 3, lanes `at..` of the columns: starting from plain rounding, each value in turn moves to
-/// the code that fits best beside all others, for up to five rounds. Codes of [`TINY`] sub-blocks are −4.
+/// Scales and codes from −4 to 3 of two sets of sub-blocks, lanes `at..` of the columns: starting from plain rounding,
+/// each value in turn moves to the code that fits best beside all others, for up to five rounds. Codes of [`TINY`]
+/// sub-blocks are −4.
+///
+/// Each step waits for the one before, division included; two sets fill each other's waits.
 #[inline(always)]
 pub(super) fn one_by_one<L: Lanes, const LEN: usize>(
-    x: &Columns<LEN>,
+    x: &[Columns<LEN>; 2],
     at: usize,
-    codes: &mut Columns<LEN>,
-) -> L {
+    codes: &mut [Columns<LEN>; 2],
+) -> [L; 2] {
     const HALF: f32 = 4.0;
     let zero = L::splat(0.0);
-    let largest = largest_magnitude::<L>(x, at);
-    let inverse = L::splat(-HALF) / largest;
-    let (mut sum_qx, mut sum_qq) = (zero, zero);
-    for (x, q) in x.iter().zip(&mut *codes) {
-        let x = L::load(x, at);
-        let (w, code) = (x * x, clamp((inverse * x).round(), -HALF, HALF - 1.0));
-        code.store(q, at);
-        sum_qx = sum_qx + w * x * code;
-        sum_qq = sum_qq + w * code * code;
+    let (mut sum_qx, mut sum_qq) = ([zero; 2], [zero; 2]);
+    for s in 0..2 {
+        let inverse = L::splat(-HALF) / largest_magnitude::<L>(&x[s], at);
+        for (x, q) in x[s].iter().zip(&mut codes[s]) {
+            let x = L::load(x, at);
+            let (w, code) = (x * x, clamp((inverse * x).round(), -HALF, HALF - 1.0));
+            code.store(q, at);
+            sum_qx[s] = sum_qx[s] + w * x * code;
+            sum_qq[s] = sum_qq[s] + w * code * code;
+        }
     }
     for _ in 0..5 {
         let mut changed = false;
-        for (x, q) in x.iter().zip(&mut *codes) {
-            let (x, old) = (L::load(x, at), L::load(q, at));
-            let w = x * x;
-            let rest_qx = sum_qx - w * x * old;
-            let rest_qq = sum_qq - w * old * old;
-            // What is left without this value may be next to nothing, and the quotient beyond any integer.
-            let new = clamp((x * rest_qq / rest_qx).nearest_int(), -HALF, HALF - 1.0);
-            let (qx, qq) = (rest_qx + w * x * new, rest_qq + w * new * new);
-            let better = L::both(
-                L::both(zero.less(rest_qx), zero.less(qq)),
-                (sum_qx * sum_qx * qq).less(qx * qx * sum_qq),
-            );
-            let better = L::both(better, old.differs(new));
-            L::select(better, new, old).store(q, at);
-            sum_qx = L::select(better, qx, sum_qx);
-            sum_qq = L::select(better, qq, sum_qq);
-            changed |= L::any(better);
+        for i in 0..LEN {
+            for s in 0..2 {
+                let (x, old) = (L::load(&x[s][i], at), L::load(&codes[s][i], at));
+                let w = x * x;
+                let rest_qx = sum_qx[s] - w * x * old;
+                let rest_qq = sum_qq[s] - w * old * old;
+                // What is left without this value may be next to nothing, and the quotient beyond any integer.
+                let new = clamp((x * rest_qq / rest_qx).nearest_int(), -HALF, HALF - 1.0);
+                let (qx, qq) = (rest_qx + w * x * new, rest_qq + w * new * new);
+                let is_valid = L::both(zero.less(rest_qx), zero.less(qq));
+                let fits_better = (sum_qx[s] * sum_qx[s] * qq).less(qx * qx * sum_qq[s]);
+                let better = L::both(L::both(is_valid, fits_better), old.differs(new));
+                L::select(better, new, old).store(&mut codes[s][i], at);
+                sum_qx[s] = L::select(better, qx, sum_qx[s]);
+                sum_qq[s] = L::select(better, qq, sum_qq[s]);
+                changed |= L::any(better);
+            }
         }
         if !changed {
             break;
         }
     }
-    let tiny = largest.abs().less(L::splat(TINY));
-    if L::any(tiny) {
-        for q in codes {
+    let mut scales = [zero; 2];
+    for s in 0..2 {
+        let tiny = largest_magnitude::<L>(&x[s], at).abs().less(L::splat(TINY));
+        for q in &mut codes[s] {
             L::select(tiny, L::splat(-HALF), L::load(q, at)).store(q, at);
         }
+        let scale = L::select(zero.less(sum_qq[s]), sum_qx[s] / sum_qq[s], zero);
+        scales[s] = L::select(tiny, zero, scale);
     }
-    let scale = L::select(zero.less(sum_qq), sum_qx / sum_qq, zero);
-    L::select(tiny, zero, scale)
+    scales
 }
 
 /// The value of largest magnitude with its sign, the first of equals.
