@@ -17,7 +17,7 @@ static LEVELS: Levels = Levels::new(NON_LINEAR);
 #[inline(always)]
 pub(super) fn encode_iq4_nl<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     for values in values.chunks(TOTAL) {
-        let x = columns::<LEN>(values);
+        let x = columns::<L, LEN>(values);
         let count = values.len() / LEN;
         let mut scales = Column::ZERO;
         let mut bytes = [[0; SIDE_BY_SIDE]; LEN];
@@ -72,16 +72,16 @@ fn level_fit<L: Lanes>(x: &Columns<LEN>, at: usize, inverse: L) -> (L, L) {
 pub(super) fn encode_mxfp4<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
     for values in values.chunks(TOTAL) {
-        let x = columns::<LEN>(values);
+        let x = columns::<L, LEN>(values);
         let count = values.len() / LEN;
         let mut magnitudes = Column::ZERO;
         for at in vectors::<L>(count) {
             largest_magnitude::<L>(&x, at).abs().store(&mut magnitudes, at);
         }
         let (mut exponents, mut scales) = ([0; SIDE_BY_SIDE], Column::ZERO);
-        for lane in 0..count {
-            exponents[lane] = mxfp4_exponent(magnitudes.0[lane]);
-            scales.0[lane] = half_power_of_two(exponents[lane]);
+        for (lane, exponent) in exponents.iter_mut().enumerate().take(count) {
+            *exponent = mxfp4_exponent(magnitudes.0[lane]);
+            scales.0[lane] = half_power_of_two(*exponent);
         }
         let mut bytes = [[0; SIDE_BY_SIDE]; LEN];
         for at in vectors::<L>(count) {

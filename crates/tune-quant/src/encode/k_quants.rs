@@ -20,7 +20,7 @@ pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     const MAX_CODE: f32 = 3.0;
     let trials = Trials { max_code: MAX_CODE, first: -0.5, count: 15, absolute: true };
     for (values, block) in blocks::<LEN, 84>(values, out) {
-        let x = columns::<16>(values);
+        let x = columns::<L, 16>(values);
         let mut weights = [Column::ZERO; 16];
         for at in vectors::<L>(16) {
             for (w, x) in weights.iter_mut().zip(&x) {
@@ -48,7 +48,7 @@ pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 pub(super) fn encode_q3_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     for pair in values.chunks(PAIR) {
         let (first, second) = pair.split_at(LEN);
-        let x = [columns::<16>(first), columns::<16>(second)];
+        let x = [columns::<L, 16>(first), columns::<L, 16>(second)];
         let (mut scales, mut codes) = ([Column::ZERO; 2], [[Column::ZERO; 16]; 2]);
         for at in vectors::<L>(16) {
             let found: [L; 2] = one_by_one(&x, at, &mut codes);
@@ -132,7 +132,7 @@ pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
     const HALF: f32 = 32.0;
     for (values, block) in blocks::<LEN, 210>(values, out) {
-        let x = columns::<16>(values);
+        let x = columns::<L, 16>(values);
         let mut scales = Column::ZERO;
         let mut found = [None; SIDE_BY_SIDE];
         for at in vectors::<L>(16) {
@@ -184,7 +184,7 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 #[inline(always)]
 fn encode_pair<L: Lanes>(values: &[f32], trials: Trials) -> ([[u8; 16]; 2], [u8; PAIR]) {
     let sub_blocks = values.len() / 32;
-    let x = columns::<32>(values);
+    let x = columns::<L, 32>(values);
     let mut weights = [Column::ZERO; 32];
     for at in vectors::<L>(sub_blocks) {
         let mut squares = L::splat(0.0);

@@ -32,6 +32,8 @@ pub(super) trait Lanes:
     type Mask: Copy;
 
     fn splat(value: f32) -> Self;
+    /// The first [`LANES`](Self::LANES) of the values.
+    fn load_values(values: &[f32]) -> Self;
     /// Lanes `at..at + LANES` of a column.
     fn load(column: &Column, at: usize) -> Self;
     fn store(self, column: &mut Column, at: usize);
@@ -54,6 +56,9 @@ pub(super) trait Lanes:
     fn any(mask: Self::Mask) -> bool;
     /// `a` where the mask is set, else `b`.
     fn select(mask: Self::Mask, a: Self, b: Self) -> Self;
+
+    /// The lanes of both in turn: a₀ b₀ a₁ b₁ …, first and second half.
+    fn interleave(self, other: Self) -> (Self, Self);
 
     /// The rank of the nearest of sixteen levels, and that level.
     fn nearest_level(self, levels: &Levels) -> (Self, Self);
@@ -117,6 +122,7 @@ macro_rules! portable_operator {
 portable_operator!(Add add +, Sub sub -, Mul mul *, Div div /);
 
 #[allow(clippy::inline_always)] // takes the instruction set of the caller
+#[allow(clippy::float_cmp)] // as the vectors do
 impl Lanes for Portable {
     const LANES: usize = 8;
     type Mask = [bool; 8];
@@ -127,8 +133,13 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn load_values(values: &[f32]) -> Self {
+        Self(std::array::from_fn(|i| values[i]))
+    }
+
+    #[inline(always)]
     fn load(column: &Column, at: usize) -> Self {
-        Self(std::array::from_fn(|i| column.0[at + i]))
+        Self::load_values(&column.0[at..])
     }
 
     #[inline(always)]
@@ -199,6 +210,12 @@ impl Lanes for Portable {
     #[inline(always)]
     fn select(mask: [bool; 8], a: Self, b: Self) -> Self {
         Self(std::array::from_fn(|i| if mask[i] { a.0[i] } else { b.0[i] }))
+    }
+
+    #[inline(always)]
+    fn interleave(self, other: Self) -> (Self, Self) {
+        let half = |from: usize| Self(std::array::from_fn(|i| [self, other][i % 2].0[from + i / 2]));
+        (half(0), half(4))
     }
 
     #[inline(always)]

@@ -3,6 +3,7 @@
 //! Values of these types are made only inside [`super::encode_avx2`] and [`super::encode_avx512`], which are entered
 //! after the processor was asked.
 
+#[allow(clippy::wildcard_imports)] // they name themselves
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -49,9 +50,14 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn load(column: &Column, at: usize) -> Self {
-        let lanes: &[f32] = &column.0[at..at + Self::LANES];
+    fn load_values(values: &[f32]) -> Self {
+        let lanes: &[f32] = &values[..Self::LANES];
         Self(unsafe { _mm256_loadu_ps(lanes.as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn load(column: &Column, at: usize) -> Self {
+        Self::load_values(&column.0[at..])
     }
 
     #[inline(always)]
@@ -135,6 +141,16 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn interleave(self, other: Self) -> (Self, Self) {
+        unsafe {
+            let (low, high) = (_mm256_unpacklo_ps(self.0, other.0), _mm256_unpackhi_ps(self.0, other.0));
+            let (first, second) =
+                (_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high));
+            (Self(first), Self(second))
+        }
+    }
+
+    #[inline(always)]
     fn nearest_level(self, levels: &Levels) -> (Self, Self) {
         // A permutation uses the low three bits of a node, which are enough inside one half of the tree.
         unsafe {
@@ -182,9 +198,14 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn load(column: &Column, at: usize) -> Self {
-        let lanes: &[f32] = &column.0[at..at + Self::LANES];
+    fn load_values(values: &[f32]) -> Self {
+        let lanes: &[f32] = &values[..Self::LANES];
         Self(unsafe { _mm512_loadu_ps(lanes.as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn load(column: &Column, at: usize) -> Self {
+        Self::load_values(&column.0[at..])
     }
 
     #[inline(always)]
@@ -264,6 +285,17 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn select(mask: __mmask16, a: Self, b: Self) -> Self {
         Self(unsafe { _mm512_mask_blend_ps(mask, b.0, a.0) })
+    }
+
+    #[inline(always)]
+    fn interleave(self, other: Self) -> (Self, Self) {
+        unsafe {
+            // from 16 on, an index names a lane of the second vector
+            let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+            let pick = |lanes| Self(_mm512_permutex2var_ps(self.0, lanes, other.0));
+            (pick(first), pick(second))
+        }
     }
 
     #[inline(always)]

@@ -122,7 +122,8 @@ fn largest_magnitude(x: &[f32; LEN]) -> f32 {
     } else if positive < negative {
         -negative
     } else {
-        x.iter().copied().find(|v| v.abs() == positive).filter(|v| *v != 0.0).unwrap_or(0.0)
+        let is_largest = |v: &&f32| v.abs().to_bits() == positive.to_bits();
+        x.iter().find(is_largest).copied().filter(|v| *v != 0.0).unwrap_or(0.0)
     }
 }
 

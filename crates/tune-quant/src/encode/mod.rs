@@ -90,11 +90,25 @@ fn blocks<'a, const LEN: usize, const BYTES: usize>(
 
 /// Up to sixteen blocks of `LEN` values, side by side; those that `values` does not fill are zero.
 #[inline(always)]
-fn columns<const LEN: usize>(values: &[f32]) -> Columns<LEN> {
+fn columns<L: Lanes, const LEN: usize>(values: &[f32]) -> Columns<LEN> {
+    let blocks = values.as_chunks::<LEN>().0;
     let mut columns = [Column::ZERO; LEN];
-    for (lane, block) in values.as_chunks::<LEN>().0.iter().enumerate() {
-        for (column, &value) in columns.iter_mut().zip(block) {
-            column.0[lane] = value;
+    for at in vectors::<L>(blocks.len()) {
+        for start in (0..LEN).step_by(L::LANES) {
+            let mut tile = [L::splat(0.0); SIDE_BY_SIDE];
+            for (row, block) in tile.iter_mut().zip(&blocks[at..]).take(L::LANES) {
+                *row = L::load_values(&block[start..]);
+            }
+            // Shuffling the rows like a deck of cards, as often as halving leads to one, swaps rows and columns.
+            for _ in 0..L::LANES.ilog2() {
+                let rows = tile;
+                for i in 0..L::LANES / 2 {
+                    (tile[2 * i], tile[2 * i + 1]) = rows[i].interleave(rows[i + L::LANES / 2]);
+                }
+            }
+            for (row, column) in tile.iter().zip(&mut columns[start..]).take(L::LANES) {
+                row.store(column, at);
+            }
         }
     }
     columns
