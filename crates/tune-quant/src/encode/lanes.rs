@@ -60,7 +60,7 @@ pub(super) trait Lanes:
     /// The lanes of both in turn: a₀ b₀ a₁ b₁ …, first and second half.
     fn interleave(self, other: Self) -> (Self, Self);
 
-    /// The rank of the nearest of sixteen levels, and that level.
+    /// The rank of the nearest of sixteen levels, and that level; the last for what is not a number.
     fn nearest_level(self, levels: &Levels) -> (Self, Self);
 }
 
@@ -223,7 +223,8 @@ impl Lanes for Portable {
         let ranks = self.0.map(|v| {
             let mut node = 1;
             for _ in 0..4 {
-                node = 2 * node + usize::from(v >= levels.tree[node]);
+                let is_below = v < levels.tree[node];
+                node = 2 * node + usize::from(!is_below);
             }
             node - 16
         });

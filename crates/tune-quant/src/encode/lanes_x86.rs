@@ -159,7 +159,7 @@ impl Lanes for Avx2 {
             let mut node = _mm256_set1_epi32(1);
             for depth in 0..4 {
                 let midpoint = _mm256_permutevar8x32_ps(if depth < 3 { upper } else { lower }, node);
-                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GE_OQ>(self.0, midpoint));
+                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_NLT_UQ>(self.0, midpoint));
                 node = _mm256_sub_epi32(_mm256_add_epi32(node, node), above);
             }
             let is_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(node));
@@ -307,7 +307,7 @@ impl Lanes for Avx512 {
             let mut node = one;
             for _ in 0..4 {
                 let midpoint = _mm512_permutexvar_ps(node, tree);
-                let above = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(self.0, midpoint);
+                let above = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, midpoint);
                 let left = _mm512_add_epi32(node, node);
                 node = _mm512_mask_add_epi32(left, above, left, one);
             }

@@ -101,11 +101,11 @@ fn offset_codes(x: &[f32; LEN], max_code: f32) -> (f32, f32, [u8; LEN]) {
     (d, min, codes)
 }
 
-/// The integer below or at a number that is not negative, but at most `max_code`.
+/// The integer below or at a number that is not negative, but at most `max_code`; zero for what is not a number.
 #[inline(always)]
 fn truncated(v: f32, max_code: f32) -> u8 {
     let code = v.trunc() + TO_LOW_BITS;
-    (if code < max_code + TO_LOW_BITS { code } else { max_code + TO_LOW_BITS }).to_bits() as u8
+    (if code > max_code + TO_LOW_BITS { max_code + TO_LOW_BITS } else { code }).to_bits() as u8
 }
 
 /// The value of largest magnitude with its sign; the first of equals.

@@ -168,6 +168,9 @@ mod tests {
                 _ => [1.0, 1e-20, 1e-6, 1e4][i % 4],
             };
         }
+        // and what any bits say, as long as it is a number
+        values.extend((0..2560).map(|_| f32::from_bits(random().to_bits().wrapping_mul(0x9E37_79B1))));
+        values.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = 0.0);
         for block_type in BlockType::ALL.into_iter().filter(|t| t.can_encode()) {
             let (mut want, mut got) = (vec![], vec![]);
             encode_with::<Portable>(block_type, &values, &mut want);
