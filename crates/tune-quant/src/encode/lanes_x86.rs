@@ -15,7 +15,7 @@ const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(__m256);
 
-/// Sixteen lanes; needs AVX-512F.
+/// Sixteen lanes; needs AVX-512F and AVX2.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(__m512);
 
@@ -185,7 +185,7 @@ unsafe fn halves(table: &[f32; 16]) -> [__m256; 2] {
     unsafe { [_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8))] }
 }
 
-// SAFETY of all blocks: methods of this type are called only where the processor has AVX-512F; columns and byte arrays
+// SAFETY of all blocks: methods of this type are called only where the processor has AVX-512F and AVX2; columns and byte arrays
 // hold sixteen lanes, which the slices check.
 #[allow(unsafe_code, clippy::inline_always)]
 impl Lanes for Avx512 {
@@ -300,19 +300,17 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     fn nearest_level(self, levels: &Levels) -> (Self, Self) {
-        // A permutation uses the low four bits of a node: the node in the tree, and in the end the rank.
+        // By halves: from masks of sixteen lanes the compiler makes vectors with an instruction that waits for the old
+        // value of its destination, so that each round of a loop waits for the one before.
         unsafe {
-            let tree = _mm512_loadu_ps(levels.tree.as_ptr());
-            let one = _mm512_set1_epi32(1);
-            let mut node = one;
-            for _ in 0..4 {
-                let midpoint = _mm512_permutexvar_ps(node, tree);
-                let above = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, midpoint);
-                let left = _mm512_add_epi32(node, node);
-                node = _mm512_mask_add_epi32(left, above, left, one);
-            }
-            let level = _mm512_permutexvar_ps(node, _mm512_loadu_ps(levels.levels.as_ptr()));
-            (Self(_mm512_cvtepi32_ps(_mm512_and_si512(node, _mm512_set1_epi32(15)))), Self(level))
+            let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)));
+            let (low_ranks, low_levels) = Avx2(_mm512_castps512_ps256(self.0)).nearest_level(levels);
+            let (high_ranks, high_levels) = Avx2(upper).nearest_level(levels);
+            let join = |low: Avx2, high: Avx2| {
+                let low = _mm512_castps_pd(_mm512_castps256_ps512(low.0));
+                Self(_mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_castps_pd(high.0))))
+            };
+            (join(low_ranks, high_ranks), join(low_levels, high_levels))
         }
     }
 }
