@@ -254,7 +254,9 @@ impl Block {
     ///
     /// - x, output: `[tokens, d_model]`
     pub fn forward(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
-        if context.arithmetic == Arithmetic::Bf16 {
+        // The fused operations know no dropout.
+        let drops = context.dropout.is_some() && self.has_dropout();
+        if context.arithmetic == Arithmetic::Bf16 && !drops {
             return self.forward_bf16(x, context);
         }
         let normed = self.input_norm.forward(x.clone());
@@ -287,6 +289,10 @@ impl Block {
     /// Whether any linear of this block is trained.
     pub fn is_adapted(&self) -> bool {
         self.linears().iter().any(|(_, linear)| linear.adapter.is_some())
+    }
+
+    fn has_dropout(&self) -> bool {
+        self.linears().iter().any(|(_, linear)| linear.adapter.as_ref().is_some_and(Lora::has_dropout))
     }
 
     /// The linear layers by PEFT name, in the order in which the block applies them.
