@@ -23,11 +23,11 @@ use burn::tensor::{Int, Shape, Tensor, TensorData, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::{Arithmetic, FrozenWeight, bf16};
 use crate::cpu::{
     self, Target, Threads, Unwritten, View, as_slots, exp, for_each_panel, max, multiply, multiply_add,
     panel_rows, sum_of_exp, vectorised, with_scratch,
 };
+use crate::{Arithmetic, FrozenWeight, bf16};
 
 /// `scale · Σ -log softmax(x Wᵀ)[target]` over all rows of `x`.
 ///
@@ -67,12 +67,7 @@ pub fn linear_cross_entropy(
 ///
 /// # Panics
 /// When the shapes do not agree, or a target is not below `vocab`.
-pub fn token_losses(
-    x: Tensor<2>,
-    head: &FrozenWeight,
-    targets: &[u32],
-    arithmetic: Arithmetic,
-) -> Vec<f32> {
+pub fn token_losses(x: Tensor<2>, head: &FrozenWeight, targets: &[u32], arithmetic: Arithmetic) -> Vec<f32> {
     assert_inputs("token_losses", x.dims(), head, targets);
     let x = x.inner().into_dispatch();
     let losses = <Dispatch as LinearCrossEntropy>::token_losses(x, head.clone(), targets.into(), arithmetic);

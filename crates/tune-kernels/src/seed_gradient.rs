@@ -27,7 +27,10 @@ use crate::cpu;
 pub fn seed_gradient(y: Tensor<2>, gradient: Tensor<2>) -> Tensor<1> {
     assert_eq!(y.dims(), gradient.dims(), "seed_gradient: shapes of y and its gradient");
     let gradient = if y.is_autodiff() { gradient.autodiff() } else { gradient };
-    Tensor::from_dispatch(<Dispatch as SeedGradient>::seed_gradient(y.into_dispatch(), gradient.into_dispatch()))
+    Tensor::from_dispatch(<Dispatch as SeedGradient>::seed_gradient(
+        y.into_dispatch(),
+        gradient.into_dispatch(),
+    ))
 }
 
 /// The differentiable operation.

@@ -7,8 +7,8 @@ use tune_formats::{BaseModel, ModelConfig};
 use tune_hub::{ModelRef, Resolved};
 use tune_recipe::{BaseFacts, DataFormat, Override, RunSpec};
 
-use crate::{download, machine};
 use crate::model::check_ids;
+use crate::{download, machine};
 
 /// A recipe and the base that it names.
 pub struct Inputs {

@@ -35,7 +35,9 @@ pub(crate) fn loss_and_gradient(
         let rows = first..targets.len().min(first + chunk);
         let (x, targets) = (&x[rows.start * d_model..rows.end * d_model], &targets[rows.clone()]);
         chunks.observe(x, head, targets);
-        for ((loss, log_sum), target) in losses[rows.clone()].iter_mut().zip(&chunks.log_sums).zip(&chunks.targets) {
+        for ((loss, log_sum), target) in
+            losses[rows.clone()].iter_mut().zip(&chunks.log_sums).zip(&chunks.targets)
+        {
             *loss = log_sum - target;
         }
         if let Some(scale) = scale {
@@ -120,7 +122,8 @@ impl Chunk {
 
     /// Turns what is stored into `scale · (softmax(z) - onehot(target))`.
     fn to_gradient(&mut self, targets: &[u32], scale: f32) {
-        let rows = self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
+        let rows =
+            self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
         let known = targets.par_iter().zip(&self.targets).zip(&self.log_sums);
         rows.zip(known).with_min_len(8).for_each(|((row, groups), ((target, logit), log_sum))| {
             for (values, (maximum, _)) in row.chunks_mut(GROUP).zip(groups) {

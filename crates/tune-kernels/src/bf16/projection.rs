@@ -277,7 +277,8 @@ impl ProjectKernels for Flex {
         pairs: [FlexTensor; 2 * MOST_LAYERS],
         spec: Arc<Spec>,
     ) -> (FlexTensor, Saved<Self>) {
-        let (x, residual, pairs) = (cpu::contiguous(x), cpu::contiguous(residual), pairs.map(cpu::contiguous));
+        let (x, residual, pairs) =
+            (cpu::contiguous(x), cpu::contiguous(residual), pairs.map(cpu::contiguous));
         let [tokens, width] = x.shape().dims();
         let (input, inverse_rms, u) = transform(&x, tokens, width, &spec.transform);
         let u = Shared::of(&u, &input);
@@ -327,7 +328,8 @@ impl ProjectKernels for Flex {
         let h: &[bf16] = cpu::values(&h);
         let pair_views = Pairs::of(&pairs, &spec);
         let columns = spec.columns();
-        let dy_of = |layer: usize| Operand::new(&dy[columns[layer].start..], tokens, columns[layer].len(), d_out);
+        let dy_of =
+            |layer: usize| Operand::new(&dy[columns[layer].start..], tokens, columns[layer].len(), d_out);
 
         // dh
         let mut dh = vec![bf16::ZERO; tokens * pair_views.width];
@@ -356,7 +358,8 @@ impl ProjectKernels for Flex {
         let (h_t, dh_t) =
             (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
         let mut du = DInput::new(wants_x, tokens, &spec);
-        let mut of_pairs: Vec<Unwritten> = pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
+        let mut of_pairs: Vec<Unwritten> =
+            pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
         let slots: Vec<SharedSlots> = of_pairs.iter_mut().map(|v| SharedSlots::new(v.slots())).collect();
         let mut products: Vec<Product> = Vec::new();
         for (pair, _) in pair_views.each() {
@@ -968,7 +971,9 @@ mod tests {
     #[test]
     fn equals_the_reference() {
         for transform in ["plain", "norm", "swiglu"] {
-            for (ranks, residual) in [(vec![16, 4, 3], false), (vec![8], true), (vec![0, 2], false), (vec![0], true)] {
+            for (ranks, residual) in
+                [(vec![16, 4, 3], false), (vec![8], true), (vec![0, 2], false), (vec![0], true)]
+            {
                 for (block_type, tokens, d_out, d_in) in [
                     (BlockType::Q4_0, 33, 96, 64),
                     (BlockType::Q8_0, 50, 40, 416),
@@ -1003,7 +1008,8 @@ mod tests {
 
     #[test]
     fn a_plain_input_beside_trained_pairs_is_a_constant() {
-        let (a, b) = (random(2, [2, 32]).autodiff().require_grad(), random(3, [8, 2]).autodiff().require_grad());
+        let (a, b) =
+            (random(2, [2, 32]).autodiff().require_grad(), random(3, [8, 2]).autodiff().require_grad());
         let layers = [Layer {
             weight: frozen(BlockType::Q8_0, [8, 32]),
             bias: None,
