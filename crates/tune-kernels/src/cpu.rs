@@ -2,7 +2,8 @@
 //!
 //! Kernels work on plain slices. A loop written inside [`vectorised!`] is compiled once for the baseline of the
 //! target and again for AVX2 and AVX-512, and the widest version that the processor has is chosen at run time.
-//! No version uses fused multiply-add, so they all give the same bits.
+//! No version uses fused multiply-add, so they all give the same bits. The exception is [`matvec`], whose loops are
+//! written for each instruction set.
 
 mod buffer;
 mod flex;

@@ -330,7 +330,11 @@ impl<'a> Counted<'a> {
         if kept < layers {
             let made_again = layers - kept;
             let bytes = product(&[made_again, tokens, d, F32]);
-            self.push("block inputs", bytes, format!("{made_again} blocks × {tokens} tokens × {d} × 4 bytes"));
+            self.push(
+                "block inputs",
+                bytes,
+                format!("{made_again} blocks × {tokens} tokens × {d} × 4 bytes"),
+            );
             let bytes = product(&[tokens, saved]);
             self.push("block activations", bytes, format!("1 block × {tokens} tokens × {saved} bytes"));
         }
@@ -353,7 +357,6 @@ impl<'a> Counted<'a> {
         // Output of the blocks, its trained rows, those normalised, and the gradients of the three.
         let bytes = product(&[6, tokens, d, F32]);
         self.push("hidden states of the loss", bytes, format!("6 × {tokens} tokens × {d} × 4 bytes"));
-
     }
 
     fn push(&mut self, name: &'static str, bytes: u64, formula: String) {

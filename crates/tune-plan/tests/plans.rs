@@ -106,28 +106,29 @@ fn what_only_passes_through_memory_does_not_decide() {
 fn any_input() -> impl Strategy<Value = PlanInput> {
     let models = tune_plan::catalogue().iter().map(|model| model.alias).collect::<Vec<_>>();
     let method = prop_oneof![Just(Method::Lora), Just(Method::Qlora), Just(Method::Full)];
-    (prop::sample::select(models), method, 1..256u64, 1..8192u64, 1..64u64, 1..64u64, 0..40u64, any::<bool>()).prop_map(
-        |(
-            alias,
-            method,
-            rank,
-            sequence_len,
-            micro_batch_size,
-            gradient_accumulation_steps,
-            kept_blocks,
-            bf16,
-        )| {
-            PlanInput {
+    (prop::sample::select(models), method, 1..256u64, 1..8192u64, 1..64u64, 1..64u64, 0..40u64, any::<bool>())
+        .prop_map(
+            |(
+                alias,
+                method,
                 rank,
                 sequence_len,
                 micro_batch_size,
                 gradient_accumulation_steps,
                 kept_blocks,
-                dtype: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
-                ..input(alias, method)
-            }
-        },
-    )
+                bf16,
+            )| {
+                PlanInput {
+                    rank,
+                    sequence_len,
+                    micro_batch_size,
+                    gradient_accumulation_steps,
+                    kept_blocks,
+                    dtype: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
+                    ..input(alias, method)
+                }
+            },
+        )
 }
 
 proptest! {

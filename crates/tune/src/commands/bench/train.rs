@@ -254,7 +254,11 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.host)?;
         let (method, dtype) = (name(&self.method), name(&self.dtype));
-        writeln!(f, "model       {}, {method} in {dtype}, {} blocks keep their activations", self.model, self.kept_blocks)?;
+        writeln!(
+            f,
+            "model       {}, {method} in {dtype}, {} blocks keep their activations",
+            self.model, self.kept_blocks
+        )?;
         writeln!(
             f,
             "shape       {} × {} tokens, {} steps after {}",
