@@ -80,7 +80,7 @@ fn main() {
         let x = random([256, D_MODEL]);
         let tracked = [x.clone().autodiff().require_grad()];
         let loss = |x: &[Tensor<2>]| {
-            linear_cross_entropy(x[0].clone(), &head, targets.clone(), 1.0, 256, Arithmetic::F32).reshape([1, 1])
+            linear_cross_entropy(x[0].clone(), &head.clone().into(), targets.clone(), 1.0, 256, Arithmetic::F32).reshape([1, 1])
         };
         let graph = forward(&tracked, loss) + backward(&tracked, loss);
         let plain = best(|| drop(black_box(token_losses(x.clone(), &head, &targets, Arithmetic::F32))));
