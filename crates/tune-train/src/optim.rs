@@ -8,7 +8,7 @@
 //!
 //! Loshchilov and Hutter 2019, arXiv 1711.05101; order of operations as in `torch.optim.AdamW`.
 //! burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its state by module; ours is a list in the
-//! order of [`tune_models::Llama::adapters_mut`], which a checkpoint can store by name.
+//! order of [`tune_models::Llama::parameters_mut`], which a checkpoint can store by name.
 
 use burn::tensor::Tensor;
 
@@ -36,6 +36,8 @@ pub struct AdamW {
     config: AdamWConfig,
     steps: u64,
     moments: Vec<Moments>,
+    /// Parameters without weight decay; those beyond the end have it.
+    exempt: Vec<bool>,
 }
 
 /// Moments of one parameter, in its shape.
@@ -51,12 +53,18 @@ impl AdamW {
     /// Zero moments for `parameters`.
     pub fn new<'a>(config: AdamWConfig, parameters: impl IntoIterator<Item = &'a Tensor<2>>) -> Self {
         let zeros = |p: &Tensor<2>| Moments { m: p.zeros_like(), v: p.zeros_like() };
-        Self { config, steps: 0, moments: parameters.into_iter().map(zeros).collect() }
+        Self { config, steps: 0, moments: parameters.into_iter().map(zeros).collect(), exempt: Vec::new() }
     }
 
     /// State of a run that has taken `steps` steps.
     pub fn resume(config: AdamWConfig, steps: u64, moments: Vec<Moments>) -> Self {
-        Self { config, steps, moments }
+        Self { config, steps, moments, exempt: Vec::new() }
+    }
+
+    /// The same without weight decay of the parameters marked `true`.
+    #[must_use]
+    pub fn without_decay_of(self, exempt: Vec<bool>) -> Self {
+        Self { exempt, ..self }
     }
 
     /// Moments in the order of the parameters.
@@ -72,7 +80,10 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         let correction1 = 1.0 - beta1.powf(self.steps as f64);
         let correction2 = 1.0 - beta2.powf(self.steps as f64);
-        for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients).zip(&mut self.moments) {
+        let decays = self.exempt.iter().map(|exempt| !exempt).chain(std::iter::repeat(true));
+        let state = self.moments.iter_mut().zip(decays);
+        for ((parameter, gradient), (moments, decays)) in parameters.into_iter().zip(gradients).zip(state) {
+            let weight_decay = if decays { weight_decay } else { 0.0 };
             let m = moments.m.clone().mul_scalar(beta1) + gradient.clone().mul_scalar(1.0 - beta1);
             let v =
                 moments.v.clone().mul_scalar(beta2) + (gradient.clone() * gradient).mul_scalar(1.0 - beta2);
@@ -127,6 +138,15 @@ mod tests {
         for (got, want) in values(&parameter).iter().zip([0.782_543_8_f32, -1.927_564_9]) {
             assert!((got - want).abs() < 2e-6, "got {got}, want {want}");
         }
+    }
+
+    #[test]
+    fn exempt_parameters_do_not_decay() {
+        let mut parameters = [tensor(&[2.0]), tensor(&[2.0])];
+        let adam = AdamW::new(AdamWConfig { weight_decay: 0.5, ..AdamWConfig::default() }, &parameters);
+        let mut adam = adam.without_decay_of(vec![true]);
+        adam.step(0.1, parameters.iter_mut().collect(), vec![tensor(&[0.0]), tensor(&[0.0])]);
+        assert_eq!(parameters.map(|p| values(&p)[0]), [2.0, 2.0 * (1.0 - 0.1 * 0.5)]);
     }
 
     #[test]
