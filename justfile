@@ -26,6 +26,10 @@ quickstart *args:
 e2e:
     cargo test -p tune --test e2e
 
+# Measure steps, generation and tokenising against other programs; docs/benchmarks.md says what has to be there.
+rivals *args:
+    target/e2e-venv/bin/python benches/rivals/compare.py {{ args }}
+
 # The whole pipeline, as on a fresh clone.
 ci:
     .ci/run

@@ -63,6 +63,8 @@ def open_context(engine, tokens, threads):
     context = engine.lib.llama_init_from_model(engine.model, params)
     if not context:
         raise engine.error("llama.cpp opens no context")
+    if (got := engine.lib.llama_n_threads(context)) != threads:
+        raise RuntimeError(f"asked for {threads} threads, llama.cpp took {got}")
     return context
 
 

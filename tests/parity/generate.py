@@ -3,18 +3,20 @@
 
     python tests/parity/generate.py            # rewrites tests/parity/{models,logits,peft} in seconds
 
-Everything is random from fixed seeds and computed by transformers, PEFT and torch in float32 on one thread.
+Everything is random from fixed seeds and computed by transformers, PEFT and torch in float32 on one thread. The
+training run is repeated in bfloat16, for how far that takes torch from its own float32.
 README.md beside this file describes the files. It is run by hand when a fixture has to change, never by a test.
 """
 
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -211,6 +213,16 @@ def inline_chat_template(folder):
 # ---- PEFT training runs ----------------------------------------------------------------------------------------
 
 OPTIMIZER = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+# What "bf16" means to users of PEFT: type of the base, and whether the forward pass runs under autocast. Adapters
+# are float32 in each, PEFT's default.
+BF16_MODES = {
+    # from_pretrained(dtype=bfloat16) and a loop of one's own: products of the base in bfloat16, of adapters in float32
+    "default": (torch.bfloat16, False),
+    # the same base under the Trainer's bf16=True: all products in bfloat16
+    "autocast": (torch.bfloat16, True),
+    # a base loaded in float32 under bf16=True: residual stream and norms are float32, all products bfloat16
+    "autocast-over-f32": (torch.float32, True),
+}
 
 
 def make_peft_runs(tokenizer):
@@ -271,8 +283,8 @@ def document(ids, untrained_prefix, untrained_suffix):
 
 def train_run(name, base_folder, steps, max_grad_norm):
     folder = HERE / "peft" / name
-    run = train(base_folder, steps, max_grad_norm, torch.float32)
-    exact = train(base_folder, steps, max_grad_norm, torch.float64)
+    run = train(float_model(base_folder, torch.float32), steps, max_grad_norm)
+    exact = train(float_model(base_folder, torch.float64), steps, max_grad_norm)
     save_adapter(run["model"], folder / "final")
     save_file(contiguous(run["gradients"]), folder / "gradients.safetensors")
 
@@ -300,12 +312,46 @@ def train_run(name, base_folder, steps, max_grad_norm):
     (folder / "run.json").write_text(json.dumps(record) + "\n")
     print(f"{name}: losses {[round(x, 4) for x in run['losses']]}, norms {[round(x, 2) for x in run['grad_norms']]}")
     print("  float32 against float64: " + ", ".join(f"{k} {v:.1e}" for k, v in noise.items()))
+    bf16_runs(folder, base_folder, steps, max_grad_norm, run)
 
 
-def train(base_folder, steps, max_grad_norm, dtype):
-    """PEFT + transformers' own loss + torch's AdamW, padded batches as the Trainer feeds them."""
+def bf16_runs(folder, base_folder, steps, max_grad_norm, want):
+    """The run in each bfloat16 mode, and its distances from the run in float32."""
+    record = {}
+    for mode, (base_dtype, autocast) in BF16_MODES.items():
+        got = train(bf16_model(base_folder, base_dtype), steps, max_grad_norm, autocast)
+        adapter, wanted = (get_peft_model_state_dict(r["model"]) for r in (got, want))
+        initial = load_file(HERE / "peft" / "initial" / "adapter_model.safetensors")
+        gradients = {k: distance(got["gradients"][k], g) for k, g in want["gradients"].items()}
+        record[mode] = {
+            "losses": got["losses"],
+            "grad_norms": got["grad_norms"],
+            "gradients": gradients,
+            "all_gradients": distance(flat(got["gradients"]), flat(want["gradients"])),
+            "adapter_movement": distance(flat(adapter) - flat(initial), flat(wanted) - flat(initial)),
+        }
+        relative = sorted(d["relative_rms"] for d in gradients.values())
+        print(
+            f"  bf16 {mode}: losses within {largest_difference(got['losses'], want['losses']):.1e}, gradients "
+            f"median {relative[len(relative) // 2]:.1e}, worst {relative[-1]:.1e}"
+        )
+    (folder / "bf16.json").write_text(json.dumps(record) + "\n")
+
+
+def float_model(base_folder, dtype):
+    """Base and adapter in `dtype`, float32 or float64."""
     base = load_model(base_folder).to(dtype)
-    model = PeftModel.from_pretrained(base, HERE / "peft" / "initial", is_trainable=True).to(dtype)
+    return PeftModel.from_pretrained(base, HERE / "peft" / "initial", is_trainable=True).to(dtype)
+
+
+def bf16_model(base_folder, base_dtype):
+    """The base as `from_pretrained(dtype=…)` loads it, with transformers' default attention; adapters in float32."""
+    base = LlamaForCausalLM.from_pretrained(base_folder, dtype=base_dtype).eval()
+    return PeftModel.from_pretrained(base, HERE / "peft" / "initial", is_trainable=True)
+
+
+def train(model, steps, max_grad_norm, autocast=False):
+    """PEFT + transformers' own loss + torch's AdamW, padded batches as the Trainer feeds them."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), **OPTIMIZER)
     losses, norms, gradients = [], [], None
@@ -313,7 +359,8 @@ def train(base_folder, steps, max_grad_norm, dtype):
         optimizer.zero_grad()
         total, count = 0.0, trained_tokens(step)
         for micro_batch in step:
-            output = model(**padded(micro_batch), num_items_in_batch=torch.tensor(count))
+            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+                output = model(**padded(micro_batch), num_items_in_batch=torch.tensor(count))
             output.loss.backward()
             total += output.loss.item()
         if gradients is None:
@@ -352,6 +399,21 @@ def save_adapter(model, folder):
 
 def of_maximum(got, want):
     return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def distance(got, want):
+    """|got - want| / |want| and the cosine of the angle between them, to five digits."""
+    got, want = got.double().flatten(), want.double().flatten()
+    relative, cosine = (got - want).norm() / want.norm(), got @ want / (got.norm() * want.norm())
+    return {"relative_rms": float(f"{relative:.4e}"), "cosine": round(cosine.item(), 7)}
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def largest_difference(got, want):
+    return max(abs(a - b) for a, b in zip(got, want, strict=True))
 
 
 def contiguous(tensors):

@@ -99,7 +99,7 @@ impl Lora {
     /// - x: `[tokens, d_in]`
     /// - output: `[tokens, d_out]`
     pub fn forward(&self, x: Tensor<2>, base: &FrozenWeight, dropout: Option<Dropout>) -> Tensor<2> {
-        match dropout.filter(|_| self.dropout > 0.0) {
+        match dropout.filter(|_| self.has_dropout()) {
             None => lora_linear(x, base, self.a.clone(), self.b.clone(), self.scale as f32),
             Some(dropout) => {
                 let mask = self.mask(x.dims(), dropout, &x.device());
@@ -129,6 +129,11 @@ impl Lora {
     /// The factor s in front of the update.
     pub fn scale(&self) -> f64 {
         self.scale
+    }
+
+    /// Whether it drops entries of its input while training.
+    pub fn has_dropout(&self) -> bool {
+        self.dropout > 0.0
     }
 
     fn mask(&self, [tokens, d_in]: [usize; 2], dropout: Dropout, device: &Device) -> Tensor<2> {

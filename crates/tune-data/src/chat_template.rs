@@ -18,6 +18,7 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use tune_formats::BaseModel;
 
 use crate::conversation::Message;
+use crate::fingerprint::Fingerprint;
 use crate::{DataError, Tokenizer};
 
 /// Enclose the output of a `generation` block. Unicode sets both aside for internal use.
@@ -32,6 +33,7 @@ pub struct ChatTemplate {
     special: Vec<(&'static str, String)>,
     has_generation: bool,
     has_thinking_switch: bool,
+    fingerprint: Option<[u8; 32]>,
 }
 
 /// A rendered conversation.
@@ -128,12 +130,19 @@ impl ChatTemplate {
         self.has_thinking_switch
     }
 
+    /// Differs between templates that differ in any way; `None` where what is rendered depends on the time.
+    pub(crate) fn fingerprint(&self) -> Option<[u8; 32]> {
+        self.fingerprint
+    }
+
     fn with_special(
         source: &str,
         special: Vec<(&'static str, String)>,
         clock: Clock,
     ) -> Result<Self, DataError> {
         let has_thinking_switch = source.contains("enable_thinking");
+        let fingerprint = (clock == Clock::Fixed)
+            .then(|| Fingerprint::new().part(source.as_bytes()).value(&special).finish());
         let (source, has_generation) = generation_as_filter(source);
         let mut environment = Environment::new();
         environment.set_syntax(
@@ -159,7 +168,7 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", move |format: String| strftime(&format, clock));
         environment.add_template_owned(NAME, source).map_err(|error| syntax_error(&error))?;
-        Ok(Self { environment, special, has_generation, has_thinking_switch })
+        Ok(Self { environment, special, has_generation, has_thinking_switch, fingerprint })
     }
 
     fn render_raw(

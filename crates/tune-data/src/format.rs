@@ -9,14 +9,14 @@ mod text;
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::Sample;
 use crate::conversation::{Conversation, kind};
 
 /// Format of the rows of a JSONL file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// `{"messages": [{"role", "content"}, …], "tools"?}`, as in OpenAI's chat format.

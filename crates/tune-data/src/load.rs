@@ -53,7 +53,7 @@ pub struct LoadOptions {
 }
 
 /// Tokenised rows.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
     /// The samples, in the order of the files.
     pub samples: Vec<Sample>,
@@ -87,6 +87,26 @@ pub fn load(
     template: Option<&ChatTemplate>,
     model: &str,
 ) -> Result<Dataset, DataError> {
+    tokenise(sources, read(sources)?, options, tokenizer, template, model)
+}
+
+/// The bytes of every file.
+pub(crate) fn read(sources: &[DataSource]) -> Result<Vec<Vec<u8>>, DataError> {
+    let read = |source: &DataSource| {
+        fs::read(&source.path).map_err(|error| DataError::Read { path: source.path.clone(), source: error })
+    };
+    sources.iter().map(read).collect()
+}
+
+/// [`load`], of files whose bytes are here.
+pub(crate) fn tokenise(
+    sources: &[DataSource],
+    contents: Vec<Vec<u8>>,
+    options: &LoadOptions,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    model: &str,
+) -> Result<Dataset, DataError> {
     let masker = Masker { tokenizer, template };
     let mut samples = Vec::new();
     let mut origins = Vec::new();
@@ -94,9 +114,7 @@ pub fn load(
     let mut problems = Problems::default();
     let mut overlong = Problems::default();
     let mut longest = 0;
-    for (index, source) in sources.iter().enumerate() {
-        let bytes = fs::read(&source.path)
-            .map_err(|error| DataError::Read { path: source.path.clone(), source: error })?;
+    for ((index, source), bytes) in sources.iter().enumerate().zip(contents) {
         let lines = lines(&source.path, &bytes)?;
         let format = source.format.or_else(|| lines.iter().find_map(|(_, line)| detected(line)));
         let outcomes: Vec<_> = lines

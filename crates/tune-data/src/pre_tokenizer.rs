@@ -4,6 +4,8 @@
 //! files behind each name, in the syntax of Hugging Face tokenizers. Text that none matches stays one piece.
 //! They run on the text as it is: GGUF engines apply no Unicode normalisation.
 
+use std::sync::LazyLock;
+
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
@@ -14,7 +16,8 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PreTokenizer {
     names: &'static [&'static str],
-    splits: &'static [&'static str],
+    /// Expressions whose matches become pieces, one after the other.
+    pub(crate) splits: &'static [&'static str],
     /// A piece that is itself in the vocabulary becomes that token, whatever the merges say.
     pub(crate) ignore_merges: bool,
 }
@@ -43,6 +46,41 @@ impl PreTokenizer {
         Ok(Sequence::new(steps).into())
     }
 }
+
+/// The expressions of a pre-tokenizer of the tokenizers crate that cuts as the entries here do: splits, one after the
+/// other, then the byte-to-character spelling. `None` for one that does anything else.
+pub(crate) fn expressions(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<&str>> {
+    let steps = match pre_tokenizer {
+        PreTokenizerWrapper::Sequence(sequence) => sequence.as_ref(),
+        step => std::slice::from_ref(step),
+    };
+    let (last, splits) = steps.split_last()?;
+    let PreTokenizerWrapper::ByteLevel(ByteLevel { add_prefix_space: false, use_regex, .. }) = last else {
+        return None;
+    };
+    splits.iter().map(expression).chain(use_regex.then_some(Some(GPT2))).collect()
+}
+
+/// The expression whose matches a step makes pieces.
+fn expression(step: &PreTokenizerWrapper) -> Option<&str> {
+    match step {
+        PreTokenizerWrapper::Split(Split {
+            pattern: SplitPattern::Regex(expression),
+            behavior: SplitDelimiterBehavior::Isolated,
+            invert: false,
+            ..
+        }) => Some(expression),
+        PreTokenizerWrapper::Digits(digits) if digits.individual_digits => Some(&NUMERIC),
+        _ => None,
+    }
+}
+
+/// What the `Digits` step takes for a digit: `\p{N}`, but of the standard library's version of Unicode.
+static NUMERIC: LazyLock<String> = LazyLock::new(|| {
+    let numeric = ('\0'..=char::MAX).filter(|character| character.is_numeric());
+    let class: String = numeric.map(|character| format!("\\x{{{:x}}}", u32::from(character))).collect();
+    format!("[{class}]")
+});
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -160,9 +198,21 @@ const TABLE: &[PreTokenizer] = &[
     },
 ];
 
+/// One name of each entry.
+#[cfg(test)]
+pub(crate) static NAMES: LazyLock<Vec<&str>> =
+    LazyLock::new(|| TABLE.iter().map(|entry| entry.names[0]).collect());
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn digits_are_those_of_the_tokenizers_crate() {
+        let number = regex_automata::meta::Regex::new(&NUMERIC).unwrap();
+        let differs = |c: &char| c.is_numeric() != number.is_match(c.to_string().as_bytes());
+        assert_eq!(('\0'..=char::MAX).find(differs), None);
+    }
 
     #[test]
     fn every_expression_compiles_and_every_name_is_listed_once() {

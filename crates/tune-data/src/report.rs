@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{DataError, Format, Sample};
 
 /// What became of every row of the data.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Longest sample allowed, in tokens.
     pub sequence_len: usize,
@@ -16,7 +16,7 @@ pub struct Report {
 }
 
 /// What became of every row of one file.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SourceReport {
     /// The file.
     pub path: PathBuf,

@@ -1,28 +1,24 @@
 //! Text ↔ token ids, with the ids of the engine that will run the model.
 //!
 //! Built from `tokenizer.json`, or rebuilt from the tables of a GGUF file: byte-level BPE (`gpt2`), BPE over
-//! characters (`gemma4`) or SentencePiece (`llama`).
+//! characters (`gemma4`) or SentencePiece (`llama`). The tokenizers crate says what the ids are; byte-level BPE,
+//! which most models have, gets them from [`ByteLevelBpe`], and SentencePiece tables from [`SentencePiece`].
 //!
 //! Encoding never adds a token of its own, except in [`Tokenizer::encode_sequence`], the one place that puts
 //! BOS in front.
 
 use std::sync::OnceLock;
 
-use tokenizers::AddedToken;
-use tokenizers::decoders::DecoderWrapper;
-use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::normalizers::replace::Replace;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::tokenizer::SplitDelimiterBehavior;
+use tokenizers::NormalizerWrapper;
 use tune_formats::{BaseModel, GgufTokenizer, SpecialTokens, TokenType, TokenizerFiles};
+use unicode_normalization_alignments::is_nfc;
 
-use crate::pre_tokenizer::PreTokenizer;
-use crate::sentencepiece::{SPACE, SentencePiece};
+use crate::byte_level_bpe::ByteLevelBpe;
+use crate::fingerprint::Fingerprint;
+use crate::gguf_bpe::GgufBpe;
+use crate::sentencepiece::SentencePiece;
 use crate::vocabulary::{Spelling, StreamDecoder, Vocabulary};
 use crate::{DataError, tokenizer_json};
-
-/// Kinds of `tokenizer.ggml.model` that can be rebuilt.
-const SUPPORTED: &str = "gpt2, gemma4, llama";
 
 /// One token of a text and the bytes of the text that it stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,15 +34,24 @@ pub struct Token {
 /// The tokenizer of a model.
 pub struct Tokenizer {
     engine: Engine,
-    /// The engine that reads control tokens as plain text; made when it is first asked for.
-    plain: OnceLock<Box<tokenizers::Tokenizer>>,
     vocabulary: Vocabulary,
     special: SpecialTokens,
+    fingerprint: [u8; 32],
 }
 
 enum Engine {
-    HuggingFace(Box<tokenizers::Tokenizer>),
+    ByteLevel(Box<ByteLevelBpe>),
+    HuggingFace(Box<HuggingFace>),
     SentencePiece(Box<SentencePiece>),
+}
+
+/// An engine of the tokenizers crate.
+struct HuggingFace {
+    tokenizer: tokenizers::Tokenizer,
+    /// The same, reading control tokens as plain text; made when it is first asked for.
+    plain: OnceLock<tokenizers::Tokenizer>,
+    /// Gives the ids of texts that are in Unicode's normal form C.
+    composed: Option<ByteLevelBpe>,
 }
 
 impl Tokenizer {
@@ -66,13 +71,22 @@ impl Tokenizer {
         let (engine, vocabulary) = match files {
             TokenizerFiles::Json { tokenizer_json, .. } => {
                 let invalid = |reason| DataError::TokenizerFile { path: tokenizer_json.clone(), reason };
-                let tokenizer = tokenizer_json::load(tokenizer_json).map_err(invalid)?;
+                let (tokenizer, merges) = tokenizer_json::load(tokenizer_json).map_err(invalid)?;
                 let vocabulary = Vocabulary::of(&tokenizer).map_err(invalid)?;
-                (Engine::HuggingFace(Box::new(tokenizer)), vocabulary)
+                let byte_level = tokenizer_json::byte_level_bpe(&tokenizer, &merges);
+                let engine = match (byte_level, tokenizer.get_normalizer()) {
+                    (Some(engine), None) => Engine::ByteLevel(Box::new(engine)),
+                    (Some(engine), Some(NormalizerWrapper::NFC(_))) => {
+                        HuggingFace::engine(tokenizer, Some(engine))
+                    }
+                    _ => HuggingFace::engine(tokenizer, None),
+                };
+                (engine, vocabulary)
             }
             TokenizerFiles::Gguf(tables) => from_gguf(&with_roles(tables, special), model)?,
         };
-        Ok(Self { engine, plain: OnceLock::new(), vocabulary, special: special.clone() })
+        let fingerprint = fingerprint(files, special, model);
+        Ok(Self { engine, vocabulary, special: special.clone(), fingerprint })
     }
 
     /// Token ids of `text`, without BOS or EOS.
@@ -146,29 +160,42 @@ impl Tokenizer {
         &self.special
     }
 
-    /// The engine as `tokenizer.json`, without the steps that add special tokens; `None` for SentencePiece tables,
-    /// which have no such form.
-    pub fn to_json(&self) -> Option<String> {
-        match &self.engine {
-            Engine::HuggingFace(engine) => engine.to_string(true).ok(),
-            Engine::SentencePiece(_) => None,
-        }
-    }
-
     /// Spelling of a special token as a chat template writes it.
     pub fn spelling(&self, id: Option<u32>) -> Option<String> {
         id.map(|id| String::from_utf8_lossy(self.vocabulary.bytes(id)).into_owned())
     }
 
+    /// Differs between tokenizers that differ in any way.
+    pub(crate) fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
     fn tokens(&self, text: &str, special: bool) -> Result<Vec<Token>, DataError> {
-        let tokenizer = match &self.engine {
-            Engine::SentencePiece(engine) => return Ok(engine.encode(text, special)),
-            Engine::HuggingFace(engine) if special => engine,
-            Engine::HuggingFace(engine) => self.plain.get_or_init(|| {
-                let mut plain = engine.clone();
+        match &self.engine {
+            Engine::ByteLevel(engine) => Ok(engine.encode(text, special)),
+            Engine::HuggingFace(engine) => engine.encode(text, special),
+            Engine::SentencePiece(engine) => Ok(engine.encode(text, special)),
+        }
+    }
+}
+
+impl HuggingFace {
+    fn engine(tokenizer: tokenizers::Tokenizer, composed: Option<ByteLevelBpe>) -> Engine {
+        Engine::HuggingFace(Box::new(Self { tokenizer, plain: OnceLock::new(), composed }))
+    }
+
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<Token>, DataError> {
+        if let Some(engine) = self.composed.as_ref().filter(|_| text.is_ascii() || is_nfc(text)) {
+            return Ok(engine.encode(text, special));
+        }
+        let tokenizer = if special {
+            &self.tokenizer
+        } else {
+            self.plain.get_or_init(|| {
+                let mut plain = self.tokenizer.clone();
                 plain.set_encode_special_tokens(true);
                 plain
-            }),
+            })
         };
         let encoding =
             tokenizer.encode(text, false).map_err(|error| DataError::Encode { reason: error.to_string() })?;
@@ -176,6 +203,50 @@ impl Tokenizer {
         let ids = encoding.get_ids();
         Ok(ids.iter().zip(offsets).map(|(&id, &(start, end))| Token { id, start, end }).collect())
     }
+}
+
+/// A model's tokenizer as `tokenizer.json`, rebuilt from the tables of its GGUF file, without the steps that add
+/// special tokens. `None` for a model that has no such tables, and for SentencePiece tables, which have no such form.
+///
+/// # Errors
+/// Tables that do not load.
+pub fn gguf_tokenizer_json(base: &BaseModel) -> Result<Option<String>, DataError> {
+    let TokenizerFiles::Gguf(tables) = &base.tokenizer else { return Ok(None) };
+    let tables = with_roles(tables, &base.special);
+    Ok(match GgufBpe::of(&tables, &base.name)? {
+        Some(bpe) => bpe.tokenizer().and_then(|tokenizer| tokenizer.to_string(true)).ok(),
+        None => None,
+    })
+}
+
+/// Everything that the parameters of [`Tokenizer::new`] say. A `tokenizer.json` that can no longer be read is known by
+/// its path alone; it has just been read.
+fn fingerprint(files: &TokenizerFiles, special: &SpecialTokens, model: &str) -> [u8; 32] {
+    let mut print = Fingerprint::new();
+    print.value(&(special, model));
+    match files {
+        TokenizerFiles::Json { tokenizer_json, .. } => {
+            print.value(tokenizer_json).part(&std::fs::read(tokenizer_json).unwrap_or_default());
+        }
+        TokenizerFiles::Gguf(GgufTokenizer {
+            model,
+            pre,
+            tokens,
+            token_types,
+            scores,
+            merges,
+            unk,
+            add_bos,
+            add_eos,
+            add_space_prefix,
+        }) => {
+            print.value(&(model, pre, unk, add_bos, add_eos, add_space_prefix)).list(tokens).list(merges);
+            let types: Vec<u8> = token_types.iter().map(|kind| *kind as u8).collect();
+            let scores: Vec<_> = scores.iter().map(|score| score.to_le_bytes()).collect();
+            print.part(&types).part(scores.as_flattened());
+        }
+    }
+    print.finish()
 }
 
 /// The tables with the kinds that engines give to some tokens by their text: what ends a generation is a control
@@ -195,110 +266,17 @@ fn with_roles(tables: &GgufTokenizer, special: &SpecialTokens) -> GgufTokenizer 
 
 fn from_gguf(tables: &GgufTokenizer, model: &str) -> Result<(Engine, Vocabulary), DataError> {
     let invalid = |reason| DataError::TokenizerTables { model: model.to_owned(), reason };
-    if tables.token_types.len() != tables.tokens.len() {
-        let (types, tokens) = (tables.token_types.len(), tables.tokens.len());
-        return Err(invalid(format!("{types} token types for {tokens} tokens")));
-    }
-    let byte_level = match tables.model.as_str() {
-        "gpt2" => tables.pre.as_deref() != Some("gemma4"),
-        "gemma4" => false,
-        "llama" => {
-            let name = model.to_lowercase();
-            let phi3 = name.contains("phi-3") || name.contains("phi3");
-            let engine = SentencePiece::from_gguf(tables, phi3).map_err(invalid)?;
-            let vocabulary = Vocabulary::from_gguf(tables, Spelling::SentencePiece);
-            return Ok((Engine::SentencePiece(Box::new(engine)), vocabulary));
-        }
-        kind => {
-            return Err(DataError::UnknownTokenizer {
-                model: model.to_owned(),
-                kind: kind.to_owned(),
-                supported: SUPPORTED,
-            });
-        }
+    let Some(bpe) = GgufBpe::of(tables, model)? else {
+        let name = model.to_lowercase();
+        let phi3 = name.contains("phi-3") || name.contains("phi3");
+        let engine = SentencePiece::from_gguf(tables, phi3).map_err(invalid)?;
+        let vocabulary = Vocabulary::from_gguf(tables, Spelling::SentencePiece);
+        return Ok((Engine::SentencePiece(Box::new(engine)), vocabulary));
     };
-    let tokenizer = if byte_level {
-        let name = tables.pre.as_deref().unwrap_or("default");
-        let pre = PreTokenizer::named(name).ok_or_else(|| DataError::UnknownPreTokenizer {
-            model: model.to_owned(),
-            name: name.to_owned(),
-            known: PreTokenizer::known(),
-        })?;
-        byte_level_bpe(tables, pre)
-    } else {
-        character_bpe(tables)
+    let engine = match bpe.byte_level() {
+        Some(engine) => Engine::ByteLevel(Box::new(engine)),
+        None => HuggingFace::engine(bpe.tokenizer().map_err(|error| invalid(error.to_string()))?, None),
     };
-    let tokenizer = tokenizer.map_err(|error| invalid(error.to_string()))?;
-    let spelling = if byte_level { Spelling::ByteLevel } else { Spelling::SentencePiece };
-    Ok((Engine::HuggingFace(Box::new(tokenizer)), Vocabulary::from_gguf(tables, spelling)))
-}
-
-/// GPT-2's BPE over bytes spelt as characters.
-fn byte_level_bpe(tables: &GgufTokenizer, pre: &PreTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
-    let vocab = vocab(tables)?;
-    let merges = merges(tables, &vocab)?;
-    let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges).build()?;
-    let mut tokenizer = tokenizers::Tokenizer::new(bpe);
-    tokenizer.with_pre_tokenizer(Some(pre.build()?));
-    tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(
-        tokenizers::decoders::byte_level::ByteLevel::default(),
-    )));
-    add_special(&mut tokenizer, tables)?;
-    Ok(tokenizer)
-}
-
-/// Gemma 4's BPE over characters, with `▁` for a space and byte tokens for what is not in the vocabulary.
-fn character_bpe(tables: &GgufTokenizer) -> tokenizers::Result<tokenizers::Tokenizer> {
-    let vocab = vocab(tables)?;
-    let merges = merges(tables, &vocab)?;
-    let mut builder = BPE::builder().vocab_and_merges(vocab, merges).byte_fallback(true).fuse_unk(true);
-    if let Some(unknown) = tables.unk.and_then(|id| tables.tokens.get(id as usize)) {
-        builder = builder.unk_token(unknown.clone());
-    }
-    let mut tokenizer = tokenizers::Tokenizer::new(builder.build()?);
-    tokenizer.with_normalizer(Some(Replace::new(" ", SPACE.to_string())?))?;
-    let lines = SplitPattern::Regex(r"[^\n]+|[\n]+".to_owned());
-    tokenizer.with_pre_tokenizer(Some(Split::new(lines, SplitDelimiterBehavior::Isolated, false)?));
-    add_special(&mut tokenizer, tables)?;
-    Ok(tokenizer)
-}
-
-fn vocab(tables: &GgufTokenizer) -> tokenizers::Result<Vocab> {
-    let mut vocab = Vocab::with_capacity(tables.tokens.len());
-    for (id, text) in tables.tokens.iter().enumerate() {
-        if let Some(other) = vocab.insert(text.clone(), id as u32) {
-            return Err(format!("tokens {other} and {id} have the same text {text:?}").into());
-        }
-    }
-    Ok(vocab)
-}
-
-/// `left right`, separated by the first space that is not the very first character. Both and what they give must
-/// be tokens: the tokenizers crate indexes out of bounds otherwise.
-fn merges(tables: &GgufTokenizer, vocab: &Vocab) -> tokenizers::Result<Vec<(String, String)>> {
-    let split = |(index, merge): (usize, &String)| {
-        let first = merge.chars().next().map_or(0, char::len_utf8);
-        let space = merge[first..].find(' ').map(|at| first + at);
-        let space = space.ok_or_else(|| format!("merge {index} is {merge:?}, expected two parts"))?;
-        let (left, right) = (&merge[..space], &merge[space + 1..]);
-        let joined = [left, right].concat();
-        match [left, right, &joined].into_iter().find(|part| !vocab.contains_key(*part)) {
-            Some(part) => Err(format!("merge {index} is {merge:?} and {part:?} is not a token").into()),
-            None => Ok((left.to_owned(), right.to_owned())),
-        }
-    };
-    tables.merges.iter().enumerate().map(split).collect()
-}
-
-fn add_special(tokenizer: &mut tokenizers::Tokenizer, tables: &GgufTokenizer) -> tokenizers::Result<()> {
-    let added = tables.tokens.iter().zip(&tables.token_types).filter_map(|(text, kind)| {
-        let special = match kind {
-            TokenType::Control | TokenType::Unknown => true,
-            TokenType::UserDefined => false,
-            TokenType::Normal | TokenType::Unused | TokenType::Byte => return None,
-        };
-        (!text.is_empty()).then(|| AddedToken::from(text.clone(), special).normalized(false))
-    });
-    tokenizer.add_tokens(added.collect::<Vec<_>>())?;
-    Ok(())
+    let spelling = if bpe.is_byte_level() { Spelling::ByteLevel } else { Spelling::SentencePiece };
+    Ok((engine, Vocabulary::from_gguf(tables, spelling)))
 }

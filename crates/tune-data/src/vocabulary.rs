@@ -172,7 +172,7 @@ impl<'a> StreamDecoder<'a> {
 }
 
 /// The byte that GPT-2 spells as `character`: printable Latin-1 as itself, the other 68 bytes from U+0100 on.
-fn byte_level(character: char) -> Option<u8> {
+pub(crate) fn byte_level(character: char) -> Option<u8> {
     let code = u32::from(character);
     match code {
         0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => u8::try_from(code).ok(),

@@ -165,3 +165,19 @@ fn a_file_that_does_not_load_is_named() {
     std::fs::write(&path, words).expect("written");
     assert!(load(&path).ends_with("a word-piece or word-level model, expected BPE or Unigram"));
 }
+
+#[test]
+fn a_normaliser_is_applied_to_text_that_needs_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("tokenizer.json");
+    let TokenizerFiles::Json { tokenizer_json: plain, .. } = json_files() else { unreachable!() };
+    let json = std::fs::read_to_string(plain).expect("read");
+    assert!(json.contains(r#""normalizer": null"#));
+    let json = json.replace(r#""normalizer": null"#, r#""normalizer": {"type": "NFC"}"#);
+    std::fs::write(&path, json).expect("written");
+    let files = TokenizerFiles::Json { tokenizer_json: path, tokenizer_config: None };
+    let tokenizer = Tokenizer::new(&files, &special(false), "tiny").expect("tokenizer");
+    let ids = |text: &str| tokenizer.encode(text, true).expect("encoded");
+    assert_eq!(ids("cafe\u{301} <|im_end|>"), ids("caf\u{e9} <|im_end|>"));
+    assert_ne!(ids("cafe\u{301}"), from_json(false).encode("cafe\u{301}", true).expect("encoded"));
+}

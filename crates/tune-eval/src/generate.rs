@@ -54,7 +54,9 @@ pub fn generate(
         if pending.len() > cache.remaining() {
             break StopReason::Context;
         }
-        let logits = last_logits(model, cache, &pending);
+        // On a thread of the pool: from outside, each of the hundreds of small parallel loops of a token would put
+        // this thread to sleep and wake it again.
+        let logits = rayon::scope(|_| last_logits(model, cache, &pending));
         let next = sampler.next(&logits, &history);
         if stop_ids.contains(&next) {
             break StopReason::EndOfTurn;

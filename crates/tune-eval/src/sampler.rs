@@ -3,6 +3,10 @@
 //! Filters apply in the order top-k, top-p, min-p, temperature, as in llama.cpp's default chain. Nucleus
 //! sampling: Holtzman et al. 2019, arXiv 1904.09751.
 
+use std::borrow::Cow;
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -53,37 +57,36 @@ impl Sampler {
 
     /// The next token after `history`, given the `logits` of the whole vocabulary.
     pub fn next(&mut self, logits: &[f32], history: &[u32]) -> u32 {
-        let mut candidates: Vec<(u32, f64)> =
-            logits.iter().enumerate().map(|(id, logit)| (id as u32, f64::from(*logit))).collect();
-        self.penalise_repetitions(&mut candidates, history);
-        let by_logit = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if self.config.temperature <= 0.0 {
-            return candidates.into_iter().min_by(by_logit).map_or(0, |(id, _)| id);
+        let logits = self.penalise_repetitions(logits, history);
+        let k = match self.config.top_k {
+            _ if self.config.temperature <= 0.0 => 1,
+            0 => logits.len(),
+            k => k,
+        };
+        let mut candidates = most_likely(&logits, k);
+        if k > 1 {
+            self.keep_likely(&mut candidates);
         }
-        let k = if self.config.top_k == 0 { candidates.len() } else { self.config.top_k };
-        if k < candidates.len() {
-            candidates.select_nth_unstable_by(k, by_logit);
-            candidates.truncate(k);
-        }
-        candidates.sort_unstable_by(by_logit);
-        self.keep_likely(&mut candidates);
         self.draw(&candidates)
     }
 
-    fn penalise_repetitions(&self, candidates: &mut [(u32, f64)], history: &[u32]) {
+    fn penalise_repetitions<'a>(&self, logits: &'a [f32], history: &[u32]) -> Cow<'a, [f32]> {
         if (self.config.repeat_penalty - 1.0).abs() < f64::EPSILON {
-            return;
+            return logits.into();
         }
         let start = history.len().saturating_sub(self.config.repeat_last_n);
         let mut recent = history[start..].to_vec();
         recent.sort_unstable();
         recent.dedup();
+        let mut logits = logits.to_vec();
         for id in recent {
-            if let Some((_, logit)) = candidates.get_mut(id as usize) {
+            if let Some(logit) = logits.get_mut(id as usize) {
                 let penalty = self.config.repeat_penalty;
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                let (value, positive) = (f64::from(*logit), *logit > 0.0);
+                *logit = if positive { value / penalty } else { value * penalty } as f32;
             }
         }
+        logits.into()
     }
 
     /// Top-p and min-p on candidates sorted by falling logit. At least one stays.
@@ -103,6 +106,9 @@ impl Sampler {
     }
 
     fn draw(&mut self, candidates: &[(u32, f64)]) -> u32 {
+        if let [(id, _)] = candidates {
+            return *id;
+        }
         let weights = weights(candidates, self.config.temperature);
         let total: f64 = weights.iter().sum();
         if !(total.is_finite() && total > 0.0) {
@@ -118,6 +124,54 @@ impl Sampler {
         candidates.last().map_or(0, |(id, _)| *id)
     }
 }
+
+/// The `k` largest logits with their tokens, falling; the lower token first of equals.
+fn most_likely(logits: &[f32], k: usize) -> Vec<(u32, f64)> {
+    let all = || (0..).zip(logits).map(|(id, logit)| Reverse(Candidate { logit: *logit, id }));
+    let mut best: Vec<Reverse<Candidate>> = if k >= logits.len() {
+        all().collect()
+    } else {
+        // The worst of the best so far is on top: nearly every logit of a large vocabulary is turned away there.
+        let mut best: BinaryHeap<_> = all().take(k).collect();
+        for candidate in all().skip(k) {
+            if let Some(mut worst) = best.peek_mut()
+                && candidate < *worst
+            {
+                *worst = candidate;
+            }
+        }
+        best.into_vec()
+    };
+    best.sort_unstable();
+    best.into_iter().map(|Reverse(Candidate { logit, id })| (id, f64::from(logit))).collect()
+}
+
+/// A token and its logit, ordered by likelihood.
+#[derive(Clone, Copy)]
+struct Candidate {
+    logit: f32,
+    id: u32,
+}
+
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.logit.total_cmp(&other.logit).then(other.id.cmp(&self.id))
+    }
+}
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Candidate {}
 
 /// exp((logit − largest) / temperature): the most likely candidate has weight 1.
 fn weights(candidates: &[(u32, f64)], temperature: f64) -> Vec<f64> {
@@ -158,6 +212,17 @@ mod tests {
         let counts = drawn(OPEN, &[2f32.ln(), 0.0, 0.0]);
         assert!((1850..2150).contains(&counts[0]), "{counts:?}");
         assert!((850..1150).contains(&counts[1]), "{counts:?}");
+    }
+
+    #[test]
+    fn the_most_likely_are_those_of_a_full_sort() {
+        let logits: Vec<f32> = (0..500).map(|i| ((i * 37 % 101) as f32).sin()).collect(); // with many equals
+        let mut sorted: Vec<(u32, f64)> = (0..).zip(logits.iter().map(|l| f64::from(*l))).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        for k in [1, 2, 40, 499, 500, 501] {
+            assert_eq!(most_likely(&logits, k), sorted[..k.min(500)], "{k}");
+        }
+        assert_eq!(most_likely(&[], 3), []);
     }
 
     #[test]

@@ -2,9 +2,8 @@
 
 use tune_formats::gguf::{Array, Metadata, Value, hyper_parameters};
 use tune_formats::{BaseModel, Source, TokenizerFiles};
-use tune_quant::BlockType;
 
-use crate::{ExportError, ExportOptions, tokenizer_metadata};
+use crate::{ExportError, ExportOptions, FileType, tokenizer_metadata};
 
 /// Version of the block layouts, which readers compare.
 const QUANTIZATION_VERSION: u32 = 2;
@@ -14,7 +13,7 @@ const QUANTIZATION_VERSION: u32 = 2;
 pub(crate) fn of_model(
     base: &BaseModel,
     options: &ExportOptions<'_>,
-    block_type: BlockType,
+    file_type: FileType,
 ) -> Result<Metadata, ExportError> {
     let mut metadata = match &base.source {
         Source::Gguf(file) => file.metadata().clone(),
@@ -31,7 +30,7 @@ pub(crate) fn of_model(
         metadata.set("tokenizer.chat_template", strip_generation_tags(template).into());
     }
     metadata.set("general.quantization_version", QUANTIZATION_VERSION.into());
-    metadata.set("general.file_type", file_type(block_type).into());
+    metadata.set("general.file_type", file_type.number().into());
     Ok(metadata)
 }
 
@@ -45,7 +44,7 @@ pub(crate) fn of_adapter(base: &BaseModel, options: &ExportOptions<'_>, alpha: f
     metadata.set("adapter.lora.alpha", alpha.into());
     set_name(&mut metadata, base, options);
     metadata.set("general.quantization_version", QUANTIZATION_VERSION.into());
-    metadata.set("general.file_type", file_type(BlockType::F32).into());
+    metadata.set("general.file_type", FileType::F32.number().into());
     metadata
 }
 
@@ -86,28 +85,6 @@ fn strip_generation_tags(template: &str) -> String {
         }
     }
     text
-}
-
-/// `general.file_type`: what most of the matrices are stored as.
-fn file_type(block_type: BlockType) -> u32 {
-    match block_type {
-        BlockType::F32 => 0,
-        BlockType::F16 => 1,
-        BlockType::Q4_0 => 2,
-        BlockType::Q4_1 => 3,
-        BlockType::Q8_0 => 7,
-        BlockType::Q5_0 => 8,
-        BlockType::Q5_1 => 9,
-        BlockType::Q2K => 10,
-        BlockType::Q3K => 12,
-        BlockType::Q4K => 15,
-        BlockType::Q5K => 17,
-        BlockType::Q6K => 18,
-        BlockType::IQ4NL => 25,
-        BlockType::IQ4XS => 30,
-        BlockType::BF16 => 32,
-        BlockType::MXFP4 => 38,
-    }
 }
 
 fn value_len(value: &Value) -> usize {

@@ -6,6 +6,7 @@ use tune_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, names};
 use tune_formats::{BaseModel, RopeScaling, Source};
 use tune_quant::{BlockType, RowOrder};
 
+use crate::file_type::{FileType, ModelShape};
 use crate::merge::{self, MergedTensor, Values};
 use crate::retention::Effect;
 use crate::staging::Staged;
@@ -17,13 +18,13 @@ const ROPE_FREQS: &str = "rope_freqs.weight";
 
 pub(crate) fn write(
     request: &ExportRequest<'_>,
-    block_type: BlockType,
+    file_type: FileType,
     notes: &mut Vec<String>,
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<Written, ExportError> {
     let base = request.base;
-    let metadata = gguf_metadata::of_model(base, &request.options, block_type)?;
-    let tensors = planned(base, merge::tensors(base, request.adapter)?, block_type)?;
+    let metadata = gguf_metadata::of_model(base, &request.options, file_type)?;
+    let tensors = planned(base, merge::tensors(base, request.adapter)?, file_type)?;
     let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
     let size = gguf_metadata::byte_len(&metadata)
         + specs.iter().map(|spec| spec.byte_len().unwrap_or_default() as u64 + 128).sum::<u64>();
@@ -55,10 +56,11 @@ struct PlannedTensor<'a> {
 fn planned<'a>(
     base: &BaseModel,
     merged: Vec<MergedTensor<'a>>,
-    block_type: BlockType,
+    file_type: FileType,
 ) -> Result<Vec<PlannedTensor<'a>>, ExportError> {
     let config = &base.config;
     let tied = !merged.iter().any(|tensor| tensor.name == "lm_head.weight");
+    let model = ModelShape::new(config, tied);
     let mut planned = Vec::with_capacity(merged.len() + 1);
     if let Some(factors) = rope_factors(base)? {
         planned.push(PlannedTensor {
@@ -75,24 +77,11 @@ fn planned<'a>(
         // Names without a GGUF counterpart were left out when the tensors were listed.
         let Some(name) = names::to_gguf(config.architecture, &tensor.name) else { continue };
         let shape = tensor.shape();
-        let is_head = tensor.name == "lm_head.weight" || (tied && tensor.name == "model.embed_tokens.weight");
-        let spec = TensorSpec {
-            name,
-            dims: shape.iter().rev().copied().collect(),
-            block_type: stored_type(block_type, &shape, is_head),
-        };
+        let block_type = file_type.of_tensor(&name, &shape, model);
+        let spec = TensorSpec { name, dims: shape.iter().rev().copied().collect(), block_type };
         planned.push(PlannedTensor { order: names::row_order(config, &tensor.name), spec, merged: tensor });
     }
     Ok(planned)
-}
-
-/// The type of one tensor, as llama.cpp's quantiser chooses it: vectors in full, rows that are not whole blocks as
-/// halves, and an output head finer than the 4- and 5-bit types, where its error would be the model's largest.
-/// Departure: that head is Q8_0, for want of a Q6_K encoder.
-fn stored_type(wanted: BlockType, shape: &[usize], is_head: bool) -> BlockType {
-    let &[_, cols] = shape else { return BlockType::F32 };
-    let wanted = if is_head && wanted.is_quantized() { BlockType::Q8_0 } else { wanted };
-    if cols.is_multiple_of(wanted.block_len()) { wanted } else { BlockType::F16 }
 }
 
 /// The values of `rope_freqs.weight`. Linear scaling is metadata and has none.
@@ -160,19 +149,4 @@ fn verify(
         progress(ExportEvent::Verified { done, tensors: tensors.len() });
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn types_fall_back_where_rows_are_not_whole_blocks() {
-        assert_eq!(stored_type(BlockType::Q8_0, &[8, 64], false), BlockType::Q8_0);
-        assert_eq!(stored_type(BlockType::Q8_0, &[8, 48], false), BlockType::F16);
-        assert_eq!(stored_type(BlockType::Q4_0, &[8, 64], true), BlockType::Q8_0);
-        assert_eq!(stored_type(BlockType::Q4_0, &[8, 64], false), BlockType::Q4_0);
-        assert_eq!(stored_type(BlockType::BF16, &[8, 48], true), BlockType::BF16);
-        assert_eq!(stored_type(BlockType::Q8_0, &[64], false), BlockType::F32);
-    }
 }

@@ -6,6 +6,7 @@
 //! renamed.
 
 mod error;
+mod file_type;
 mod gguf_adapter;
 mod gguf_metadata;
 mod gguf_model;
@@ -30,6 +31,7 @@ use staging::Staged;
 use verify::Differences;
 
 pub use error::ExportError;
+pub use file_type::FileType;
 pub use go_template::Render;
 pub use retention::Retention;
 pub use target::ExportTarget;
@@ -138,7 +140,7 @@ pub fn export(
     let mut notes = Vec::new();
     let written = match request.target {
         ExportTarget::GgufLora => gguf_adapter::write(request, &mut notes, progress)?,
-        ExportTarget::Gguf(block_type) => gguf_model::write(request, block_type, &mut notes, progress)?,
+        ExportTarget::Gguf(file_type) => gguf_model::write(request, file_type, &mut notes, progress)?,
         ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
         ExportTarget::Peft => write_peft(request, &mut notes, progress)?,
     };

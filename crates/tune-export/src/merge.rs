@@ -23,6 +23,9 @@ const HEAD: &str = "lm_head.weight";
 /// Values that are merged and encoded together: enough for all cores, little beside a model.
 const CHUNK_VALUES: usize = 1 << 22;
 
+/// Values that one thread encodes at a time: encoders work on several blocks side by side, and short rows hold few.
+const BATCH_VALUES: usize = 1 << 14;
+
 /// The tensors of a merged model, in the order of the forward pass.
 pub(crate) fn tensors<'a>(
     base: &'a BaseModel,
@@ -126,40 +129,50 @@ impl<'a> MergedTensor<'a> {
                 format!("rows of {} values are not whole {} blocks", matrix.cols(), block_type.name());
             FormatError::Tensor { name: self.name.clone(), reason }
         })?;
+        let rows = (BATCH_VALUES / matrix.cols().max(1)).max(1);
         let mut bytes = vec![0; hf_rows.len() * row_bytes];
         let effect = bytes
-            .par_chunks_exact_mut(row_bytes)
-            .zip(hf_rows)
-            .map_init(
-                || Scratch::new(matrix.cols(), row_bytes),
-                |scratch, (out, &row)| self.encode_row(matrix, block_type, row, scratch, out),
-            )
+            .par_chunks_mut((rows * row_bytes).max(1))
+            .zip(hf_rows.par_chunks(rows))
+            .map_init(Scratch::default, |scratch, (out, rows)| {
+                self.encode_batch(matrix, block_type, rows, scratch, out)
+            })
             .try_reduce(Effect::default, |a, b| Ok(a + b))?;
         Ok((bytes, effect))
     }
 
-    fn encode_row(
+    /// Encodes a few rows into `out`.
+    fn encode_batch(
         &self,
         matrix: &MergedMatrix<'_>,
         block_type: BlockType,
-        row: usize,
+        rows: &[usize],
         scratch: &mut Scratch,
         out: &mut [u8],
     ) -> Result<Effect, ExportError> {
-        if let Some(stored) = matrix.unchanged(row, block_type) {
-            out.copy_from_slice(stored);
+        let Scratch { base, merged, decoded, encoded } = scratch;
+        let cols = matrix.cols();
+        let unchanged: Option<Vec<&[u8]>> =
+            rows.iter().map(|&row| matrix.unchanged(row, block_type)).collect();
+        if let Some(stored) = unchanged {
+            out.copy_from_slice(&stored.concat());
             return Ok(Effect::default());
         }
-        let Scratch { base, merged, decoded, encoded } = scratch;
-        matrix.base.decode_row(row, base);
-        merged.copy_from_slice(base);
-        matrix.add_update(row, merged);
+        base.resize(rows.len() * cols, 0.0);
+        for (base, &row) in base.chunks_exact_mut(cols).zip(rows) {
+            matrix.base.decode_row(row, base);
+        }
+        merged.clone_from(base);
+        for (merged, &row) in merged.chunks_exact_mut(cols).zip(rows) {
+            matrix.add_update(row, merged);
+        }
         encoded.clear();
         block_type.encode(merged, encoded);
         out.copy_from_slice(encoded);
+        decoded.resize(merged.len(), 0.0);
         block_type.decode(out, decoded);
         self.check_finite(merged, decoded, block_type)?;
-        Ok(if matrix.update.is_some() { Effect::of_row(base, merged, decoded) } else { Effect::default() })
+        Ok(if matrix.update.is_some() { Effect::of_rows(base, merged, decoded) } else { Effect::default() })
     }
 
     fn check_finite(
@@ -273,22 +286,12 @@ fn place(name: &str) -> Option<(u8, usize)> {
 }
 
 /// Buffers of one thread.
+#[derive(Default)]
 struct Scratch {
     base: Vec<f32>,
     merged: Vec<f32>,
     decoded: Vec<f32>,
     encoded: Vec<u8>,
-}
-
-impl Scratch {
-    fn new(cols: usize, row_bytes: usize) -> Self {
-        Self {
-            base: vec![0.0; cols],
-            merged: vec![0.0; cols],
-            decoded: vec![0.0; cols],
-            encoded: Vec::with_capacity(row_bytes),
-        }
-    }
 }
 
 #[cfg(test)]

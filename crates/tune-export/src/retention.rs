@@ -35,7 +35,7 @@ pub(crate) struct Effect {
 }
 
 impl Effect {
-    pub(crate) fn of_row(base: &[f32], merged: &[f32], stored: &[f32]) -> Self {
+    pub(crate) fn of_rows(base: &[f32], merged: &[f32], stored: &[f32]) -> Self {
         let mut effect = Self::default();
         for ((&base, &merged), &stored) in base.iter().zip(merged).zip(stored) {
             let wanted = f64::from(merged) - f64::from(base);
@@ -84,10 +84,10 @@ mod tests {
     #[test]
     fn perfect_and_erased() {
         let (base, merged) = ([1.0, 2.0, -3.0], [1.1, 2.0, -3.2]);
-        let perfect = Effect::of_row(&base, &merged, &merged).retention().expect("changed");
+        let perfect = Effect::of_rows(&base, &merged, &merged).retention().expect("changed");
         assert!((perfect.kept - 1.0).abs() < 1e-12 && perfect.error < 1e-12, "{perfect:?}");
-        let erased = Effect::of_row(&base, &merged, &base).retention().expect("changed");
+        let erased = Effect::of_rows(&base, &merged, &base).retention().expect("changed");
         assert!(erased.kept.abs() < 1e-12 && (erased.error - 1.0).abs() < 1e-12, "{erased:?}");
-        assert_eq!(Effect::of_row(&base, &base, &base).retention(), None);
+        assert_eq!(Effect::of_rows(&base, &base, &base).retention(), None);
     }
 }

@@ -5,15 +5,15 @@ use std::str::FromStr;
 
 use tune_quant::BlockType;
 
-use crate::ExportError;
+use crate::{ExportError, FileType};
 
 /// What a run can be exported to, as written after `--to`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportTarget {
     /// `gguf-lora`: the adapter alone, for llama.cpp and Ollama over the unchanged base.
     GgufLora,
-    /// `gguf:TYPE`: base and adapter merged into one GGUF file whose matrices have this type.
-    Gguf(BlockType),
+    /// `gguf:TYPE`: base and adapter merged into one GGUF file whose matrices have this type or mix of types.
+    Gguf(FileType),
     /// `peft`: the adapter alone, as a PEFT folder.
     Peft,
     /// `safetensors`: base and adapter merged into a folder in Hugging Face layout.
@@ -23,8 +23,7 @@ pub enum ExportTarget {
 impl ExportTarget {
     /// Every target that can be written.
     pub fn all() -> impl Iterator<Item = Self> {
-        let merged = BlockType::ALL.into_iter().filter(|t| t.can_encode()).map(Self::Gguf);
-        [Self::GgufLora, Self::Peft, Self::Safetensors].into_iter().chain(merged)
+        [Self::GgufLora, Self::Peft, Self::Safetensors].into_iter().chain(FileType::ALL.map(Self::Gguf))
     }
 
     /// Whether the result is a folder.
@@ -36,7 +35,7 @@ impl ExportTarget {
     pub fn file_name(self, name: &str) -> String {
         match self {
             Self::GgufLora => format!("{name}.lora.gguf"),
-            Self::Gguf(block_type) => format!("{name}.{}.gguf", block_type.name()),
+            Self::Gguf(file_type) => format!("{name}.{file_type}.gguf"),
             Self::Peft => format!("{name}-adapter"),
             Self::Safetensors => name.to_owned(),
         }
@@ -47,7 +46,7 @@ impl fmt::Display for ExportTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GgufLora => f.write_str("gguf-lora"),
-            Self::Gguf(block_type) => write!(f, "gguf:{}", block_type.name().to_lowercase()),
+            Self::Gguf(file_type) => write!(f, "gguf:{}", file_type.name().to_lowercase()),
             Self::Peft => f.write_str("peft"),
             Self::Safetensors => f.write_str("safetensors"),
         }
@@ -62,9 +61,12 @@ impl FromStr for ExportTarget {
         if let Some(target) = Self::all().find(|target| target.to_string() == wanted) {
             return Ok(target);
         }
+        let wanted_type = wanted.strip_prefix("gguf:");
+        if let Some(file_type) = wanted_type.and_then(FileType::from_name) {
+            return Ok(Self::Gguf(file_type));
+        }
         let known: Vec<String> = Self::all().map(|target| target.to_string()).collect();
-        let has_no_encoder = wanted.strip_prefix("gguf:").and_then(BlockType::from_name);
-        let help = match has_no_encoder {
+        let help = match wanted_type.and_then(BlockType::from_name) {
             Some(block_type) => format!(
                 "{} can be read but not written: export gguf:f16 and run llama.cpp's llama-quantize on it, or choose \
                  one of {}",
@@ -86,7 +88,8 @@ mod tests {
         for target in ExportTarget::all() {
             assert_eq!(target.to_string().parse::<ExportTarget>().ok(), Some(target));
         }
-        assert_eq!("GGUF:Q8_0".parse::<ExportTarget>().ok(), Some(ExportTarget::Gguf(BlockType::Q8_0)));
+        assert_eq!("GGUF:Q8_0".parse::<ExportTarget>().ok(), Some(ExportTarget::Gguf(FileType::Q8_0)));
+        assert_eq!("gguf:q5_k".parse::<ExportTarget>().ok(), Some(ExportTarget::Gguf(FileType::Q5_K_M)));
     }
 
     #[test]
@@ -95,7 +98,7 @@ mod tests {
             Err(ExportError::Target { help, .. }) => help,
             other => panic!("{other:?}"),
         };
-        assert!(help("gguf:q4_k").starts_with("Q4_K can be read but not written"));
+        assert!(help("gguf:iq4_xs").starts_with("IQ4_XS can be read but not written"));
         assert!(help("onnx").starts_with("one of gguf-lora, peft, safetensors, gguf:f32"));
     }
 }

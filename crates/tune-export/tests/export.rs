@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tune_export::{
-    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, export,
+    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, FileType, export,
 };
 use tune_formats::gguf::{GgufFile, Value};
 use tune_formats::peft::{self, Adapter, AdapterConfig, LoraWeights};
 use tune_formats::{BaseModel, FormatError, ModelConfig, TensorProblem};
-use tune_quant::BlockType;
 
 const MODELS: [&str; 3] = ["llama-tied", "llama-llama3-rope", "llama-untied-bf16-sharded"];
 const RANK: usize = 4;
@@ -21,7 +20,7 @@ fn merged_gguf_holds_base_plus_update() {
         let base = base(model);
         let adapter = adapter(&base.config);
         let out = dir.path().join("m.gguf");
-        let report = run(&base, &adapter, ExportTarget::Gguf(BlockType::F32), &out).expect(model);
+        let report = run(&base, &adapter, ExportTarget::Gguf(FileType::F32), &out).expect(model);
         let retention = report.retention.expect("a merge");
         assert!((retention.kept - 1.0).abs() < 1e-3 && retention.error < 1e-3, "{model}: {retention:?}");
 
@@ -47,7 +46,7 @@ fn a_gguf_base_keeps_its_metadata_and_its_quantised_blocks() {
     let hf = base("llama-tied");
     let mut adapter = adapter(&hf.config);
     let first = dir.path().join("base.gguf");
-    run(&hf, &adapter, ExportTarget::Gguf(BlockType::Q8_0), &first).expect("exported");
+    run(&hf, &adapter, ExportTarget::Gguf(FileType::Q8_0), &first).expect("exported");
     let base = tune_formats::open(&first).expect("opened");
 
     adapter.layers.retain(|name, _| name.ends_with("q_proj"));
@@ -90,10 +89,10 @@ fn gguf_adapter_over_the_base_equals_the_merged_file_row_by_row() {
         adapter.config.use_rslora = true;
         let (lora_out, merged_out) = (dir.path().join("a.gguf"), dir.path().join("m.gguf"));
         run(&base, &adapter, ExportTarget::GgufLora, &lora_out).expect(model);
-        run(&base, &adapter, ExportTarget::Gguf(BlockType::F32), &merged_out).expect(model);
+        run(&base, &adapter, ExportTarget::Gguf(FileType::F32), &merged_out).expect(model);
         let empty = Adapter { layers: BTreeMap::new(), ..adapter.clone() };
         let base_out = dir.path().join("b.gguf");
-        run(&base, &empty, ExportTarget::Gguf(BlockType::F32), &base_out).expect(model);
+        run(&base, &empty, ExportTarget::Gguf(FileType::F32), &base_out).expect(model);
 
         let [lora, merged, plain] =
             [&lora_out, &merged_out, &base_out].map(|path| GgufFile::open(path).unwrap());
@@ -149,7 +148,7 @@ fn safetensors_from_a_gguf_base_rebuilds_the_configuration() {
     let hf = base("llama-llama3-rope");
     let adapter = adapter(&hf.config);
     let gguf = dir.path().join("base.gguf");
-    run(&hf, &adapter, ExportTarget::Gguf(BlockType::Q8_0), &gguf).expect("exported");
+    run(&hf, &adapter, ExportTarget::Gguf(FileType::Q8_0), &gguf).expect("exported");
     let base = tune_formats::open(&gguf).expect("opened");
     // These factors are of no published Llama, so config.json cannot name them.
     let error =
@@ -159,7 +158,7 @@ fn safetensors_from_a_gguf_base_rebuilds_the_configuration() {
     let hf = tune_formats::open(&models().join("llama-tied")).expect("opened");
     let gguf = dir.path().join("tied.gguf");
     let tied = self::adapter(&hf.config);
-    run(&hf, &tied, ExportTarget::Gguf(BlockType::Q8_0), &gguf).expect("exported");
+    run(&hf, &tied, ExportTarget::Gguf(FileType::Q8_0), &gguf).expect("exported");
     let base = tune_formats::open(&gguf).expect("opened");
     let out = dir.path().join("folder");
     let tokenizer = std::fs::read_to_string(models().join("llama-tied/tokenizer.json")).expect("read");
@@ -195,7 +194,7 @@ fn a_head_trained_apart_from_its_embedding_is_untied() {
     let head = lora(7, base.config.vocab_size, base.config.hidden_size);
     adapter.layers = BTreeMap::from([("lm_head".to_owned(), head.clone())]);
     let out = dir.path().join("m.gguf");
-    run(&base, &adapter, ExportTarget::Gguf(BlockType::F32), &out).expect("exported");
+    run(&base, &adapter, ExportTarget::Gguf(FileType::F32), &out).expect("exported");
     let merged = tune_formats::open(&out).expect("opened");
     assert!(!merged.config.tie_word_embeddings);
     let embedding = values(&base, "model.embed_tokens.weight");
@@ -225,13 +224,13 @@ fn what_cannot_be_exported_is_refused_and_leaves_nothing() {
 
     let mut diverged = good.clone();
     diverged.layers.get_mut(q).unwrap().b[3] = f32::NAN;
-    for target in [ExportTarget::GgufLora, ExportTarget::Gguf(BlockType::F16), ExportTarget::Safetensors] {
+    for target in [ExportTarget::GgufLora, ExportTarget::Gguf(FileType::F16), ExportTarget::Safetensors] {
         refused(&base, &diverged, target, |error| matches!(error, ExportError::NotFinite { .. }));
     }
 
     let mut large = good.clone();
     large.layers.get_mut(q).unwrap().b[3] = 1e9;
-    for target in [ExportTarget::Gguf(BlockType::F16), ExportTarget::Gguf(BlockType::Q8_0)] {
+    for target in [ExportTarget::Gguf(FileType::F16), ExportTarget::Gguf(FileType::Q8_0)] {
         refused(
             &base,
             &large,
@@ -239,7 +238,7 @@ fn what_cannot_be_exported_is_refused_and_leaves_nothing() {
             |error| matches!(error, ExportError::NotFinite { help, .. } if help.contains("gguf:bf16")),
         );
     }
-    run(&base, &large, ExportTarget::Gguf(BlockType::BF16), &tempdir().path().join("m.gguf"))
+    run(&base, &large, ExportTarget::Gguf(FileType::BF16), &tempdir().path().join("m.gguf"))
         .expect("fits BF16");
 
     let mut silent = good.clone();
@@ -250,9 +249,9 @@ fn what_cannot_be_exported_is_refused_and_leaves_nothing() {
 
     let dir = tempdir();
     let gguf = dir.path().join("base.gguf");
-    run(&base, &good, ExportTarget::Gguf(BlockType::F16), &gguf).expect("exported");
+    run(&base, &good, ExportTarget::Gguf(FileType::F16), &gguf).expect("exported");
     let opened = tune_formats::open(&gguf).expect("opened");
-    let error = run(&opened, &good, ExportTarget::Gguf(BlockType::F16), &gguf).expect_err("its own base");
+    let error = run(&opened, &good, ExportTarget::Gguf(FileType::F16), &gguf).expect_err("its own base");
     assert!(matches!(error, ExportError::OverwritesBase { .. }), "{error}");
 }
 
@@ -270,7 +269,7 @@ fn the_modelfile_has_what_ollama_needs() {
     };
     let options = ExportOptions { render: Some(&render), ..ExportOptions::default() };
     let out = dir.path().join("m.gguf");
-    let target = ExportTarget::Gguf(BlockType::Q8_0);
+    let target = ExportTarget::Gguf(FileType::Q8_0);
     let request = ExportRequest { base: &base, adapter: &adapter, target, out: &out, options };
     let report = export(&request, &mut |_| ()).expect("exported");
     let path = report.modelfile.expect("beside a GGUF file");
@@ -301,7 +300,7 @@ fn progress_covers_every_tensor_twice() {
     let adapter = adapter(&base.config);
     let mut events = vec![];
     let out = dir.path().join("m.gguf");
-    let target = ExportTarget::Gguf(BlockType::F16);
+    let target = ExportTarget::Gguf(FileType::F16);
     let options = ExportOptions::default();
     let request = ExportRequest { base: &base, adapter: &adapter, target, out: &out, options };
     let report = export(&request, &mut |event| events.push(event)).expect("exported");

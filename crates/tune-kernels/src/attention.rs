@@ -26,6 +26,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
 use burn::tensor::{Bool, Tensor, activation};
 
+pub(crate) use flex::clear_uncovered;
+
 /// One document: its queries, and the keys that they may see. The queries are the last of the keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttentionSpan {

@@ -8,6 +8,7 @@ mod buffer;
 mod flex;
 mod math;
 mod matmul;
+mod matvec;
 mod panels;
 
 pub(crate) use buffer::{SharedSlots, Unwritten, Value, as_slots, with_scratch};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use tune_quant::BlockType;
 
 use crate::testing::{frozen, random, values};
@@ -31,17 +31,41 @@ fn step() -> Vec<f32> {
         crate::frozen_linear(attended, &weight(5000, D_MODEL)),
     );
     let hidden = crate::frozen_linear(ff, &frozen(BlockType::F32, [D_MODEL, 5000]));
-    let loss = crate::linear_cross_entropy(hidden, &weight(5000, D_MODEL).into(), targets, 0.1, 64, crate::Arithmetic::F32);
+    let loss = crate::linear_cross_entropy(
+        hidden,
+        &weight(5000, D_MODEL).into(),
+        targets,
+        0.1,
+        64,
+        crate::Arithmetic::F32,
+    );
     let gradients = loss.backward();
     let gradient = |x: &Tensor<2>| values(x.grad(&gradients).expect("a gradient of each tracked tensor"));
     [values(loss.inner()), gradient(&x), gradient(&a), gradient(&b)].concat()
 }
 
+/// Attention in `bf16` over long and short documents, forward and backward. o and the gradient.
+fn self_attention() -> Vec<f32> {
+    let spans: Arc<[_]> =
+        [0..700, 700..703, 703..900].map(|rows| AttentionSpan { q: rows.clone(), k: rows }).into();
+    let table = RotaryTable::new(&(0..900).collect::<Vec<_>>(), &[1.0, 0.3, 0.1, 0.03], 1.0);
+    let qkv = random(1, [900, 64]).cast(DType::BF16).autodiff().require_grad();
+    let o = crate::bf16::self_attention(qkv.clone(), &table, spans, 4, 2);
+    let gradients = (o.clone() * random(2, [900, 32]).cast(DType::BF16).autodiff()).sum().backward();
+    let gradient = qkv.grad(&gradients).expect("a gradient of qkv");
+    [values(o.inner()), values(gradient)].concat()
+}
+
 #[test]
 fn the_same_bits_with_any_number_of_threads() {
+    assert_same_bits(step);
+    assert_same_bits(self_attention);
+}
+
+fn assert_same_bits(run: fn() -> Vec<f32>) {
     let with_threads = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool of threads");
-        pool.install(step)
+        pool.install(run)
     };
     let want = with_threads(1);
     assert!(want.iter().all(|value| value.is_finite()));

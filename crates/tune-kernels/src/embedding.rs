@@ -39,10 +39,15 @@ pub fn embedding(w: &FrozenWeight, ids: &[u32], device: &Device) -> Tensor<2> {
 /// When the shapes do not agree, or an id is not below `vocab`.
 pub fn add_embedding_gradient(gradient: Tensor<2>, ids: &[u32], dy: Tensor<2>) -> Tensor<2> {
     let [vocab, d_model] = gradient.dims();
-    assert_eq!(dy.dims(), [ids.len(), d_model], "add_embedding_gradient: dy for a table [{vocab}, {d_model}]");
+    assert_eq!(
+        dy.dims(),
+        [ids.len(), d_model],
+        "add_embedding_gradient: dy for a table [{vocab}, {d_model}]"
+    );
     let dy = flex(&dy);
     let dy: &[f32] = cpu::values(&dy);
-    let gradient = gradient.try_into_primitive::<Flex>().expect("a tensor of the CPU backend, without a graph");
+    let gradient =
+        gradient.try_into_primitive::<Flex>().expect("a tensor of the CPU backend, without a graph");
     let mut gradient = gradient.to_contiguous();
     let sums = gradient.storage_mut::<f32>();
     for (id, dy) in ids.iter().zip(dy.chunks_exact(d_model.max(1))) {

@@ -14,9 +14,11 @@
 //! be frozen or trained is a [`Weight`] or a [`Vector`].
 //! Results are the same bits with any number of threads: every sum has a fixed order.
 
+mod adamw;
 mod cpu;
 mod embedding;
 mod frozen;
+mod graph_ends;
 
 pub mod attention;
 pub mod bf16;
@@ -25,7 +27,6 @@ pub mod linear_cross_entropy;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
-mod seed_gradient;
 pub mod swiglu;
 mod weight;
 
@@ -44,14 +45,15 @@ pub enum Arithmetic {
     Bf16,
 }
 
+pub use adamw::{AdamWFactors, adamw, sum_of_squares};
 pub use attention::{AttentionSpan, causal_attention};
 pub use embedding::{add_embedding_gradient, embedding};
 pub use frozen::{FrozenVector, FrozenWeight};
 pub use frozen_linear::frozen_linear;
+pub use graph_ends::{alias, seed_gradient};
 pub use linear_cross_entropy::{linear_cross_entropy, token_losses};
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryTable, rope};
-pub use seed_gradient::seed_gradient;
 pub use swiglu::swiglu;
 pub use weight::{Vector, Weight};

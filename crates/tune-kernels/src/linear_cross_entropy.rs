@@ -23,11 +23,11 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::{Arithmetic, FrozenWeight, Weight, bf16};
 use crate::cpu::{
-    self, SharedSlots, Target, Threads, Unwritten, View, ViewMut, as_slots, exp, for_each_panel, max, multiply, multiply_add,
-    panel_rows, sum_of_exp, vectorised, with_scratch,
+    self, SharedSlots, Target, Threads, Unwritten, View, ViewMut, as_slots, exp, for_each_panel, max,
+    multiply, multiply_add, panel_rows, sum_of_exp, vectorised, with_scratch,
 };
+use crate::{Arithmetic, FrozenWeight, Weight, bf16};
 
 /// `scale · Σ -log softmax(x Wᵀ)[target]` over all rows of `x`.
 ///
@@ -55,13 +55,7 @@ pub fn linear_cross_entropy(
     let tracked = x.is_autodiff() || trained.is_autodiff();
     let [x, trained] = [x, trained].map(|t| if tracked { t.autodiff() } else { t }.into_dispatch());
     Tensor::from_dispatch(<Dispatch as LinearCrossEntropy>::linear_cross_entropy(
-        x,
-        trained,
-        stored,
-        targets,
-        scale,
-        chunk,
-        arithmetic,
+        x, trained, stored, targets, scale, chunk, arithmetic,
     ))
 }
 
@@ -72,12 +66,7 @@ pub fn linear_cross_entropy(
 ///
 /// # Panics
 /// When the shapes do not agree, or a target is not below `vocab`.
-pub fn token_losses(
-    x: Tensor<2>,
-    head: &FrozenWeight,
-    targets: &[u32],
-    arithmetic: Arithmetic,
-) -> Vec<f32> {
+pub fn token_losses(x: Tensor<2>, head: &FrozenWeight, targets: &[u32], arithmetic: Arithmetic) -> Vec<f32> {
     assert_inputs("token_losses", x.dims(), head, targets);
     let x = x.inner().into_dispatch();
     let losses = <Dispatch as LinearCrossEntropy>::token_losses(x, head.clone(), targets.into(), arithmetic);
@@ -174,8 +163,14 @@ impl LinearCrossEntropy for Flex {
         let [tokens, d_model] = x.shape().dims();
         if arithmetic == Arithmetic::Bf16 {
             let x = cpu::values(&x);
-            let (losses, _) =
-                bf16::cross_entropy::loss_and_gradient(x, head.matrix(), &targets, None, ROWS_WITHOUT_GRAPH, None);
+            let (losses, _) = bf16::cross_entropy::loss_and_gradient(
+                x,
+                head.matrix(),
+                &targets,
+                None,
+                ROWS_WITHOUT_GRAPH,
+                None,
+            );
             return cpu::from_values(losses, [tokens]);
         }
         let mut losses = vec![0.0; tokens];
@@ -218,15 +213,14 @@ impl LinearCrossEntropyKernels for Flex {
         let to_tensor = |values: Vec<f32>| cpu::from_values(values, [vocab, d_model]);
         if arithmetic == Arithmetic::Bf16 {
             let x = cpu::values(&x);
-            let (losses, dx) =
-                bf16::cross_entropy::loss_and_gradient(
-                    x,
-                    head.matrix(),
-                    targets,
-                    Some(scale),
-                    chunk,
-                    d_head.as_deref_mut(),
-                );
+            let (losses, dx) = bf16::cross_entropy::loss_and_gradient(
+                x,
+                head.matrix(),
+                targets,
+                Some(scale),
+                chunk,
+                d_head.as_deref_mut(),
+            );
             let loss = cpu::from_values(vec![scaled_sum(&losses, scale)], [1]);
             return (loss, cpu::from_values(dx, [tokens, d_model]), d_head.map(to_tensor));
         }
@@ -440,7 +434,12 @@ mod tests {
                 let head = Weight::Trained(x[1].clone());
                 linear_cross_entropy(x[0].clone(), &head, targets.clone(), 0.3, chunk, F32).reshape([1, 1])
             },
-            |x| reference_of_trained(x[0].clone(), x[1].clone(), &targets).sum().mul_scalar(0.3).reshape([1, 1]),
+            |x| {
+                reference_of_trained(x[0].clone(), x[1].clone(), &targets)
+                    .sum()
+                    .mul_scalar(0.3)
+                    .reshape([1, 1])
+            },
         );
         let x = random(1, [tokens, head.cols()]) * 3.0;
         let want = values(reference(x.clone(), head, &targets));
@@ -481,10 +480,12 @@ mod tests {
                 let tracked = x.clone().autodiff().require_grad();
                 let weight = Weight::Trained(head.decode(&x.device())).tracked();
                 let loss =
-                    linear_cross_entropy(tracked.clone(), &weight, targets.clone(), 0.3, chunk, arithmetic) * 2.0;
+                    linear_cross_entropy(tracked.clone(), &weight, targets.clone(), 0.3, chunk, arithmetic)
+                        * 2.0;
                 let tape = loss.backward();
                 let gradient = tracked.grad(&tape).expect("gradient of x");
-                let d_head = weight.trained().and_then(|head| head.grad(&tape)).expect("gradient of the head");
+                let d_head =
+                    weight.trained().and_then(|head| head.grad(&tape)).expect("gradient of the head");
                 let losses = token_losses(x.clone(), &head, &targets, arithmetic);
                 let total = losses.iter().sum::<f32>() * 0.6;
                 assert!((values(loss.inner())[0] - total).abs() < 1e-3 * total);

@@ -15,8 +15,8 @@ use tune_adapters::{Lora, LoraConfig, Targets};
 use tune_formats::{ModelConfig, Weights};
 use tune_kernels::bf16::{Input, project, self_attention};
 use tune_kernels::{
-    Arithmetic, FrozenVector, FrozenWeight, RotaryTable, Vector, Weight, causal_attention, embedding, frozen_linear, rope,
-    swiglu,
+    Arithmetic, FrozenVector, FrozenWeight, RotaryTable, Vector, Weight, causal_attention, embedding,
+    frozen_linear, rope, swiglu,
 };
 use tune_quant::StoredMatrix;
 
@@ -32,7 +32,7 @@ pub struct Llama {
     blocks: Vec<Block>,
     norm: RmsNorm,
     lm_head: Option<Weight>, // [vocab, d_model]; none when it is the embedding
-    frequencies: Vec<f32>, // [head_dim / 2]
+    frequencies: Vec<f32>,   // [head_dim / 2]
     arithmetic: Arithmetic,
 }
 
@@ -96,7 +96,7 @@ impl Llama {
         quantization: Quantization,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut loader = Loader { config, weights, quantization, device, mismatches: Vec::new() };
+        let mut loader = Loader { config, weights, quantization, mismatches: Vec::new() };
         let (vocab, d_model) = (config.vocab_size, config.hidden_size);
         let embed_tokens = loader.matrix("model.embed_tokens.weight", vocab, d_model)?;
         let blocks =
@@ -316,10 +316,9 @@ impl Llama {
         self.final_norm(x)
     }
 
-    /// An empty cache for `capacity` tokens.
+    /// An empty cache for at most `capacity` tokens.
     pub fn kv_cache(&self, capacity: usize) -> KvCache {
-        let width = self.config.num_key_value_heads * self.config.head_dim;
-        KvCache::new(self.blocks.len(), capacity, width, &self.device)
+        KvCache::new(self.blocks.len(), capacity)
     }
 
     /// Logits `[tokens, vocab]` of hidden states behind the final norm. For a few tokens only: training and
@@ -346,7 +345,9 @@ impl Block {
     ///
     /// - x, output: `[tokens, d_model]`
     pub fn forward(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
-        if context.arithmetic == Arithmetic::Bf16 {
+        // The fused operations know no dropout.
+        let drops = context.dropout.is_some() && self.has_dropout();
+        if context.arithmetic == Arithmetic::Bf16 && !drops {
             return self.forward_bf16(x, context);
         }
         let normed = self.input_norm.forward(x.clone());
@@ -402,6 +403,10 @@ impl Block {
         parameters.extend(of_norm(norm("post_attention_layernorm"), post_attention_norm));
         parameters.extend(mlp.into_iter().flat_map(linear));
         parameters
+    }
+
+    fn has_dropout(&self) -> bool {
+        self.linears().iter().any(|(_, linear)| linear.adapter.as_ref().is_some_and(Lora::has_dropout))
     }
 
     /// The linear layers by PEFT name, in the order in which the block applies them.
@@ -479,11 +484,13 @@ impl Mlp {
 }
 
 fn of_linear<'a>(path: &str, linear: &'a mut Linear) -> Vec<Parameter<'a>> {
-    let mut parameters: Vec<_> = of_weight(format!("{path}.weight"), &mut linear.weight).into_iter().collect();
+    let mut parameters: Vec<_> =
+        of_weight(format!("{path}.weight"), &mut linear.weight).into_iter().collect();
     let bias = linear.bias.as_mut().and_then(|bias| of_vector(format!("{path}.bias"), bias));
     parameters.extend(bias);
     if let Some(adapter) = &mut linear.adapter {
-        let part = |part, tensor| Parameter { name: format!("{path}.{part}.weight"), tensor, is_vector: false };
+        let part =
+            |part, tensor| Parameter { name: format!("{path}.{part}.weight"), tensor, is_vector: false };
         parameters.extend([part("lora_A", &mut adapter.a), part("lora_B", &mut adapter.b)]);
     }
     parameters
@@ -506,7 +513,6 @@ struct Loader<'a> {
     config: &'a ModelConfig,
     weights: &'a dyn Weights,
     quantization: Quantization,
-    device: &'a Device,
     mismatches: Vec<String>,
 }
 

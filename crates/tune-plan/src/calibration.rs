@@ -11,10 +11,12 @@ pub struct Calibration {
     pub process_bytes: u64,
     /// Tokenizer and its index, per token of the vocabulary.
     pub bytes_per_vocabulary_entry: u64,
-    /// Positions whose logits exist at the same time.
+    /// Positions whose logits exist at the same time in `f32`; in `bf16` twice as many.
     pub loss_chunk: u64,
-    /// Bytes per logit of a chunk: logits, and their gradient in place.
-    pub bytes_per_logit: u64,
+    /// Eighths of a byte per logit of a chunk in `f32`: logits, and their gradient in place.
+    pub eighths_of_bytes_per_logit_f32: u64,
+    /// The same in `bf16`, with a maximum and a sum for each 32 logits.
+    pub eighths_of_bytes_per_logit_bf16: u64,
     /// Scratch into which rows of frozen weights are decoded.
     pub panel_bytes: u64,
     /// Unused room in the allocator, in thousandths of what is allocated.
@@ -29,7 +31,8 @@ pub const FLEX: Calibration = Calibration {
     process_bytes: 24 << 20,
     bytes_per_vocabulary_entry: 512,
     loss_chunk: 128,
-    bytes_per_logit: 8,
+    eighths_of_bytes_per_logit_f32: 64,
+    eighths_of_bytes_per_logit_bf16: 18,
     panel_bytes: 4 << 20,
     fragmentation_permille: 50,
     margin_permille: 100,

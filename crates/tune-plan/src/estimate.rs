@@ -3,8 +3,8 @@
 //! ```text
 //! static = base weights + adapters + optimizer state + process
 //! loss   = static + gradients so far + block inputs + loss
-//! block  = static + gradients + block inputs + one block's activations and gradients
-//! step   = static + gradients + temporaries of AdamW
+//! block  = static + gradients + block inputs, activations of kept blocks + one block's activations and gradients
+//! step   = static + gradients, since AdamW changes parameters and moments in place
 //! peak   = max(loss, block, step)
 //! ```
 //!
@@ -13,14 +13,17 @@
 //! our own operations, which save for backward only what is listed in [`saved_elements`].
 
 use serde::Serialize;
-use tune_recipe::{Layers, Method, RunSpec, TargetModules};
+use tune_recipe::{Dtype, Layers, Method, RunSpec, TargetModules};
 
 use crate::calibration::Calibration;
 use crate::reference::{Reference, reference};
 use crate::{FLEX, Shape, WeightBytes};
 
-/// Bytes of an activation, gradient or moment.
+/// Bytes of an adapter's element, a gradient or a moment, and of the residual stream.
 const F32: u64 = 4;
+
+/// Bytes of an activation between two operations in `bf16`.
+const BF16: u64 = 2;
 
 /// What the estimate depends on.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,8 +48,10 @@ pub struct PlanInput {
     pub micro_batch_size: u64,
     /// Micro-batches whose gradients are added up.
     pub gradient_accumulation_steps: u64,
-    /// Only block inputs are kept, and blocks run again in backward.
-    pub gradient_checkpointing: bool,
+    /// Type in which activations are computed.
+    pub dtype: Dtype,
+    /// Blocks that keep their activations for backward; of the others only the input is kept, and they run again.
+    pub kept_blocks: u64,
     /// Bytes that the run may use, if that is known.
     pub budget_bytes: Option<u64>,
 }
@@ -71,9 +76,31 @@ impl PlanInput {
             sequence_len: spec.data_options.sequence_len as u64,
             micro_batch_size: spec.train.micro_batch_size as u64,
             gradient_accumulation_steps: spec.train.gradient_accumulation_steps as u64,
-            gradient_checkpointing: spec.train.gradient_checkpointing,
+            dtype: spec.model.dtype,
+            kept_blocks: if spec.train.gradient_checkpointing { 0 } else { shape.num_hidden_layers },
             budget_bytes,
         }
+    }
+
+    /// The same with as many kept blocks as fit in the budget, unless `spec` says how many.
+    #[must_use]
+    pub fn keep_what_fits(self, spec: &RunSpec) -> Self {
+        if spec.origins.is_written("train.gradient_checkpointing") {
+            return self;
+        }
+        let with = |kept_blocks| Self { kept_blocks, ..self.clone() };
+        let fits = |kept_blocks| estimate(&with(kept_blocks)).fits.unwrap_or(true);
+        let all = self.shape.num_hidden_layers;
+        if fits(all) {
+            return with(all);
+        }
+        // More kept blocks never need less memory.
+        let (mut fitting, mut too_many) = (0, all);
+        while too_many - fitting > 1 {
+            let middle = fitting.midpoint(too_many);
+            if fits(middle) { fitting = middle } else { too_many = middle }
+        }
+        with(fitting)
     }
 
     /// Tokens that go through the model at once.
@@ -148,6 +175,8 @@ pub struct MemoryPlan {
     pub reference: Reference,
     /// The count.
     pub estimate: Estimate,
+    /// Blocks that keep their activations; unknown when only a size is known.
+    pub kept_blocks: Option<u64>,
     /// Bytes that the run may use, if that is known.
     pub budget_bytes: Option<u64>,
     /// Whether the run fits; unknown without a budget.
@@ -167,6 +196,7 @@ pub fn estimate(input: &PlanInput) -> MemoryPlan {
         reference: reference(input.method, input.weights.linear_bits, parameters, false),
         fits: input.budget_bytes.map(|budget| needed <= budget),
         estimate,
+        kept_blocks: Some(input.kept_blocks.min(input.shape.num_hidden_layers)),
         budget_bytes: input.budget_bytes,
     }
 }
@@ -190,16 +220,43 @@ pub fn rough(model: String, reference: Reference, budget_bytes: Option<u64>) -> 
             phases: Vec::new(),
         },
         reference,
+        kept_blocks: None,
         budget_bytes,
     }
 }
 
-/// 32-bit numbers per token that the operations of one block save for backward.
+/// Bytes per token that one block keeps for backward.
+///
+/// d `hidden_size`, q and k the widths of all query and key heads, f `intermediate_size`. In `bf16`: the input of
+/// both norms over its root mean square (2 d), q, k, v and the attention's output (2 q + 2 k), gate and up (2 f),
+/// `x Aᵀ` of each adapter; and in `f32` a value a token for each head and norm. u of a projection is made again. For
+/// arithmetic in `f32` see [`saved_elements`].
+pub(crate) fn saved_bytes(input: &PlanInput) -> u64 {
+    let s = &input.shape;
+    if input.dtype == Dtype::F32 {
+        return product(&[saved_elements(input), F32]);
+    }
+    let halves = 2 * s.hidden_size + 2 * s.q() + 2 * s.kv() + 2 * s.intermediate_size + adapted_ranks(input);
+    let floats = s.num_attention_heads + 2;
+    BF16 * halves + F32 * floats
+}
+
+/// Ranks of a block's adapters, added up.
+fn adapted_ranks(input: &PlanInput) -> u64 {
+    if input.method == Method::Full {
+        return 0;
+    }
+    let linears = input.shape.block_linears();
+    let adapted = linears.iter().filter(|(name, ..)| input.target_modules.contains(name)).count();
+    input.rank.saturating_mul(adapted as u64)
+}
+
+/// 32-bit numbers per token that the plain operations of one block save for backward.
 ///
 /// d `hidden_size`, q and k the widths of all query and key heads, f `intermediate_size`: the residual stream in
 /// front of the MLP and the block's output (2 d), rotated q, k, v and the attention's output (2 q + 2 k), gate and
 /// up (2 f). A frozen linear saves nothing; an adapter saves its input, once for all that share it, and `x Aᵀ`.
-pub(crate) fn saved_elements(input: &PlanInput) -> u64 {
+fn saved_elements(input: &PlanInput) -> u64 {
     let (s, full) = (&input.shape, input.method == Method::Full);
     let has = |names: &[&str]| full || names.iter().any(|name| input.target_modules.contains(name));
     let (d, f) = (s.hidden_size, s.intermediate_size);
@@ -212,12 +269,7 @@ pub(crate) fn saved_elements(input: &PlanInput) -> u64 {
     if s.qk_norm {
         elements += s.q() + s.kv();
     }
-    if !full {
-        let adapted =
-            s.block_linears().iter().filter(|(name, ..)| input.target_modules.contains(name)).count();
-        elements += input.rank * adapted as u64;
-    }
-    elements
+    elements.saturating_add(adapted_ranks(input))
 }
 
 /// Terms by name, and what of them lives in which phase.
@@ -262,7 +314,7 @@ impl<'a> Counted<'a> {
         }
         let process = c.process_bytes.saturating_add(product(&[c.bytes_per_vocabulary_entry, vocab]));
         self.push("process", process, format!("program, tokenizer of {vocab} entries"));
-        self.push("decoded weights", c.panel_bytes, "a panel of rows at a time".into());
+        self.push("decoded weights", c.panel_bytes, "a panel at a time in each thread".into());
     }
 
     fn count_activations(&mut self) {
@@ -273,33 +325,38 @@ impl<'a> Counted<'a> {
             Method::Full => s.num_hidden_layers,
             Method::Lora | Method::Qlora => s.traversed_layers(&input.layers),
         };
-        let saved = saved_elements(input);
-        if input.gradient_checkpointing {
-            let bytes = product(&[layers, tokens, d, F32]);
-            self.push("block inputs", bytes, format!("{layers} blocks × {tokens} tokens × {d} × 4 bytes"));
-            let bytes = product(&[tokens, saved, F32]);
-            self.push("block activations", bytes, format!("1 block × {tokens} tokens × {saved} × 4 bytes"));
-        } else {
-            let bytes = product(&[layers, tokens, saved, F32]);
-            self.push("activations", bytes, format!("{layers} blocks × {tokens} tokens × {saved} × 4 bytes"));
+        let saved = saved_bytes(input);
+        let kept = input.kept_blocks.min(layers);
+        if kept < layers {
+            let made_again = layers - kept;
+            let bytes = product(&[made_again, tokens, d, F32]);
+            self.push(
+                "block inputs",
+                bytes,
+                format!("{made_again} blocks × {tokens} tokens × {d} × 4 bytes"),
+            );
+            let bytes = product(&[tokens, saved]);
+            self.push("block activations", bytes, format!("1 block × {tokens} tokens × {saved} bytes"));
         }
-        let passing = 2 * d + 2 * f;
-        let bytes = product(&[tokens, passing, F32]);
-        self.push("block gradients", bytes, format!("{tokens} tokens × {passing} × 4 bytes"));
+        let bytes = product(&[kept, tokens, saved]);
+        self.push("activations", bytes, format!("{kept} blocks × {tokens} tokens × {saved} bytes"));
+        let passing = match input.dtype {
+            Dtype::F32 => F32 * (2 * d + 2 * f),
+            Dtype::Bf16 => F32 * 3 * d + BF16 * 4 * f,
+        };
+        let bytes = product(&[tokens, passing]);
+        self.push("block gradients", bytes, format!("{tokens} tokens × {passing} bytes"));
 
-        let chunk = c.loss_chunk.min(tokens);
-        let logits = product(&[chunk, vocab, c.bytes_per_logit]);
-        self.push("logits", logits, format!("{chunk} positions × {vocab} × {} bytes", c.bytes_per_logit));
+        let (chunk, per_logit) = match input.dtype {
+            Dtype::F32 => (c.loss_chunk.min(tokens), c.eighths_of_bytes_per_logit_f32),
+            Dtype::Bf16 => ((2 * c.loss_chunk).min(tokens), c.eighths_of_bytes_per_logit_bf16),
+        };
+        let logits = product(&[chunk, vocab, per_logit]) / 8;
+        let bytes = per_logit as f64 / 8.0;
+        self.push("logits", logits, format!("{chunk} positions × {vocab} × {bytes} bytes"));
         // Output of the blocks, its trained rows, those normalised, and the gradients of the three.
         let bytes = product(&[6, tokens, d, F32]);
         self.push("hidden states of the loss", bytes, format!("6 × {tokens} tokens × {d} × 4 bytes"));
-
-        let widest = s.block_linears().into_iter().map(|(_, d_out, d_in)| d_out.max(d_in)).max().unwrap_or(0);
-        let tensor = match input.method {
-            Method::Full => product(&[vocab, d]),
-            Method::Lora | Method::Qlora => product(&[input.rank, widest]),
-        };
-        self.push("temporaries of AdamW", product(&[4, tensor, F32]), format!("4 × 4 bytes × {tensor}"));
     }
 
     fn push(&mut self, name: &'static str, bytes: u64, formula: String) {
@@ -310,7 +367,7 @@ impl<'a> Counted<'a> {
         const LOSS: [&str; 2] = ["logits", "hidden states of the loss"];
         const BLOCK: [&str; 3] = ["gradients", "block activations", "block gradients"];
         const BACKWARD: [&str; 2] = ["block inputs", "activations"];
-        const STEP: [&str; 2] = ["gradients", "temporaries of AdamW"];
+        const STEP: [&str; 1] = ["gradients"];
         let only_in =
             |name: &str| [&LOSS[..], &BLOCK, &BACKWARD, &STEP].iter().any(|names| names.contains(&name));
         let phase = |name: &'static str, parts: &[&[&str]]| {

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use tune_plan::{MemoryPlan, PlanInput, estimate, find_in_catalogue, from_shape, reference, rough};
-use tune_recipe::{Layers, Method, TargetModules};
+use tune_recipe::{Dtype, Layers, Method, TargetModules};
 
 fn input(alias: &str, method: Method) -> PlanInput {
     let model = find_in_catalogue(alias).unwrap();
@@ -17,7 +17,8 @@ fn input(alias: &str, method: Method) -> PlanInput {
         sequence_len: 2048,
         micro_batch_size: 1,
         gradient_accumulation_steps: 16,
-        gradient_checkpointing: true,
+        dtype: Dtype::F32,
+        kept_blocks: 0,
         budget_bytes: None,
     }
 }
@@ -105,26 +106,29 @@ fn what_only_passes_through_memory_does_not_decide() {
 fn any_input() -> impl Strategy<Value = PlanInput> {
     let models = tune_plan::catalogue().iter().map(|model| model.alias).collect::<Vec<_>>();
     let method = prop_oneof![Just(Method::Lora), Just(Method::Qlora), Just(Method::Full)];
-    (prop::sample::select(models), method, 1..256u64, 1..8192u64, 1..64u64, 1..64u64, any::<bool>()).prop_map(
-        |(
-            alias,
-            method,
-            rank,
-            sequence_len,
-            micro_batch_size,
-            gradient_accumulation_steps,
-            gradient_checkpointing,
-        )| {
-            PlanInput {
+    (prop::sample::select(models), method, 1..256u64, 1..8192u64, 1..64u64, 1..64u64, 0..40u64, any::<bool>())
+        .prop_map(
+            |(
+                alias,
+                method,
                 rank,
                 sequence_len,
                 micro_batch_size,
                 gradient_accumulation_steps,
-                gradient_checkpointing,
-                ..input(alias, method)
-            }
-        },
-    )
+                kept_blocks,
+                bf16,
+            )| {
+                PlanInput {
+                    rank,
+                    sequence_len,
+                    micro_batch_size,
+                    gradient_accumulation_steps,
+                    kept_blocks,
+                    dtype: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
+                    ..input(alias, method)
+                }
+            },
+        )
 }
 
 proptest! {
@@ -142,6 +146,7 @@ proptest! {
         change(&|i| i.rank += more);
         change(&|i| i.sequence_len += more);
         change(&|i| i.micro_batch_size += more);
+        change(&|i| i.kept_blocks += more);
         change(&|i| i.gradient_accumulation_steps += more);
         change(&|i| i.shape.vocab_size += more * 1000);
         change(&|i| i.shape.num_hidden_layers += more);
@@ -177,7 +182,7 @@ proptest! {
 fn checkpointing_saves_memory_in_every_catalogue_model() {
     for model in tune_plan::catalogue() {
         let with = input(model.alias, Method::Qlora);
-        let without = PlanInput { gradient_checkpointing: false, ..with.clone() };
+        let without = PlanInput { kept_blocks: u64::MAX, ..with.clone() };
         let (with, without) = (estimate(&with).estimate.peak_bytes, estimate(&without).estimate.peak_bytes);
         assert!(with < without, "{}", model.alias);
     }

@@ -1,6 +1,6 @@
 //! The storage types of GGUF tensors: names, block geometry, and the way to their codecs.
 
-use crate::{Decoded, InstructionSet, codebook_quants, float, k_quants, legacy_quants};
+use crate::{Decoded, InstructionSet, codebook_quants, encode, float, k_quants, legacy_quants};
 
 /// How the values of a tensor are stored: a block of [`block_len`](Self::block_len) consecutive values of a row
 /// takes [`block_bytes`](Self::block_bytes) bytes.
@@ -177,17 +177,7 @@ impl BlockType {
 
     /// Whether [`encode`](Self::encode) knows this type.
     pub const fn can_encode(self) -> bool {
-        matches!(
-            self,
-            Self::F32
-                | Self::F16
-                | Self::BF16
-                | Self::Q4_0
-                | Self::Q4_1
-                | Self::Q5_0
-                | Self::Q5_1
-                | Self::Q8_0
-        )
+        !matches!(self, Self::IQ4XS)
     }
 
     /// Encodes `values` (whole blocks) and appends the bytes to `out`, byte-identical to the reference
@@ -204,24 +194,7 @@ impl BlockType {
         let bytes = self.row_bytes(values.len());
         assert!(bytes.is_some(), "{} values are not whole {} blocks", values.len(), self.name());
         out.reserve(bytes.unwrap_or(0));
-        match self {
-            Self::F32 => float::encode_f32(values, out),
-            Self::F16 => float::encode_f16(values, out),
-            Self::BF16 => float::encode_bf16(values, out),
-            Self::Q4_0 => legacy_quants::encode_q4_0(values, out),
-            Self::Q4_1 => legacy_quants::encode_q4_1(values, out),
-            Self::Q5_0 => legacy_quants::encode_q5_0(values, out),
-            Self::Q5_1 => legacy_quants::encode_q5_1(values, out),
-            Self::Q8_0 => legacy_quants::encode_q8_0(values, out),
-            Self::Q2K
-            | Self::Q3K
-            | Self::Q4K
-            | Self::Q5K
-            | Self::Q6K
-            | Self::IQ4NL
-            | Self::IQ4XS
-            | Self::MXFP4 => panic!("no encoder for {}; callers ask can_encode() first", self.name()),
-        }
+        encode::encode(self, values, out);
     }
 
     /// The scalar reference.

@@ -1,4 +1,4 @@
-//! IQ4_NL, IQ4_XS and MXFP4: 4-bit indices into a table of 16 values. Decoding only.
+//! IQ4_NL, IQ4_XS and MXFP4: 4-bit indices into a table of 16 values.
 //!
 //! Byte j of 16 holds the index of value j in its low nibble and of value j + 16 in its high one.
 

@@ -2,9 +2,6 @@
 //!
 //! value = (d·scale)·q − (dmin·min), evaluated in this order in `f32`; Q3_K and Q6_K have no minima and signed
 //! codes. Layouts are at each decoder; `v` is the index of a value in the super-block, `l` runs over 0..32.
-//! Decoding only: the searches that choose scales are not here, so [`BlockType::can_encode`] is false.
-//!
-//! [`BlockType::can_encode`]: crate::BlockType::can_encode
 
 use crate::float::half_at;
 

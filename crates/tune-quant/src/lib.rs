@@ -1,11 +1,12 @@
 //! Block codecs: stored quantised bytes to `f32` and back. No I/O, no threads of its own, no device.
 //!
 //! [`BlockType`] names every storage type of a weight and knows its block geometry; one module per family
-//! holds the scalar reference decoder and encoder, and `simd` the decoders that run, to `f32` or to `bf16`.
+//! holds the scalar reference decoder, `simd` the decoders that run, to `f32` or to `bf16`, and `encode` the encoders.
 //! [`StoredMatrix`] is a weight exactly as it lies on disk, read row by row without ever being decoded as a whole.
 
 mod block_type;
 mod codebook_quants;
+mod encode;
 mod float;
 mod k_quants;
 mod legacy_quants;

@@ -1,4 +1,5 @@
-//! The codecs against the Python `gguf` package and a plain numpy NF4; fixtures by `tests/parity/generate_quant.py`.
+//! The codecs against ggml's quantiser in C, the Python `gguf` package and a plain numpy NF4; fixtures by
+//! `tests/parity/generate_encoders.py` and `generate_quant.py`.
 
 use std::path::PathBuf;
 
@@ -8,6 +9,17 @@ use tune_quant::nf4::dynamic_map;
 use tune_quant::{BlockType, Nf4};
 
 const DIGEST_BLOCKS: usize = 400;
+/// What the Python package encodes.
+const ENCODED_IN_PYTHON: [BlockType; 8] = [
+    BlockType::F32,
+    BlockType::F16,
+    BlockType::BF16,
+    BlockType::Q4_0,
+    BlockType::Q4_1,
+    BlockType::Q5_0,
+    BlockType::Q5_1,
+    BlockType::Q8_0,
+];
 
 #[test]
 fn every_type_decodes_the_reference_blocks_exactly() {
@@ -49,10 +61,10 @@ fn every_type_decodes_many_blocks_exactly() {
 }
 
 #[test]
-fn every_encoder_writes_the_reference_bytes() {
+fn encoders_write_the_bytes_of_the_python_package() {
     let digests = json("digests.json");
     let many: Vec<f32> = random_values(32 * DIGEST_BLOCKS);
-    for block_type in BlockType::ALL.into_iter().filter(|t| t.can_encode()) {
+    for block_type in ENCODED_IN_PYTHON {
         let fixture = fixture(&format!("encode_{}.bin", block_type.name()));
         let bytes_per_32 = block_type.row_bytes(32).unwrap();
         let blocks = fixture.len() / (128 + bytes_per_32);
@@ -67,6 +79,42 @@ fn every_encoder_writes_the_reference_bytes() {
         block_type.encode(&many, &mut got);
         let name = format!("encode_{}", block_type.name());
         assert_eq!(digests[&name], sha256(&got), "{name}");
+    }
+}
+
+#[test]
+fn encoders_write_the_bytes_of_ggml_in_edge_cases() {
+    let values = fixture("encode_edges.bin");
+    let values: Vec<f32> = values.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    for block_type in quantised_types() {
+        let want = fixture(&format!("encode_edges_{}.bin", block_type.name()));
+        let bytes_per_256 = block_type.row_bytes(256).unwrap();
+        assert_eq!(want.len(), values.len() / 256 * bytes_per_256);
+        for (i, (values, want)) in values.chunks(256).zip(want.chunks(bytes_per_256)).enumerate() {
+            let mut got = vec![];
+            block_type.encode(values, &mut got);
+            assert_eq!(got, want, "{} block {i} of {values:?}", block_type.name());
+        }
+        // and side by side with others
+        let mut got = vec![];
+        block_type.encode(&values, &mut got);
+        assert!(got == want, "{}", block_type.name());
+    }
+}
+
+#[test]
+fn encoders_write_the_bytes_of_ggml_in_many_blocks() {
+    let digests = json("encode_digests.json");
+    let count = 256 * 200;
+    let heavy: Vec<f32> = random_values(3 * count).as_chunks().0.iter().map(|[a, b, c]| a * b * c).collect();
+    let scaled: Vec<f32> = heavy.iter().enumerate().map(|(i, v)| v * scale_of(i)).collect();
+    for (sample, values) in [("uniform", random_values(count)), ("heavy", heavy), ("scaled", scaled)] {
+        for block_type in quantised_types() {
+            let name = block_type.name();
+            let mut got = vec![];
+            block_type.encode(&values, &mut got);
+            assert_eq!(digests[name][sample], sha256(&got), "{name} {sample}");
+        }
     }
 }
 
@@ -102,6 +150,41 @@ fn published_digests_of_512_values() {
             BlockType::Q8_0,
             "23af4e8891a4df66d6de5a3b69cfbd6c99bf304b5c71159aa16a7e2c03e6b9cc",
             "3ca6f145418ff1af9e3d31aa642526b37c5e3b94a24ef2aa690976bedcda476d",
+        ),
+        (
+            BlockType::Q2K,
+            "01083766daa691896bbc1e9da9e8370336203b15c1cccbfc68954433936c6a83",
+            "d2778869c3a355dd19d220ce65d294280dc3193d5e918441537ec7cfe498141c",
+        ),
+        (
+            BlockType::Q3K,
+            "cd1dccc8c550103993684719964daad55d43ef032486d26463ad4bec60cc59d4",
+            "cf1bfbd9345f73925bdb80a7ebf1eae5f1a9df81e7d13a5dc22d12f7805b5819",
+        ),
+        (
+            BlockType::Q4K,
+            "025b5f1c121881de1db63f9e9b391db6920dd9f9fe1185c257e77fd077fe0dde",
+            "6749dfb5da06315a1841b273660b224b0683357177f87ff24dcfeac737571b4e",
+        ),
+        (
+            BlockType::Q5K,
+            "39dabe8ffe206f06e6c6c7c617bd9e587123552b726df005fc8c02296f19b4aa",
+            "ac456db1a7218293e97405309f7ab99caef5c285e7d7bce628acb2621b42227b",
+        ),
+        (
+            BlockType::Q6K,
+            "294d7f0ad68539d4a0901061c17d93596d1f713f46acc691aeb3a9f9a3c78335",
+            "dc575610e659d9913f17f2eb828f695b4f037007529378d56c031b8f2d88a22f",
+        ),
+        (
+            BlockType::IQ4NL,
+            "dc911f62ef13b2a8561da571dfb3975690b88d8a1a3c1a3cf8fa341e8f9a983b",
+            "64babfee9e08288d431632f395425940dffc44fe2e9f0e36c94a1049947be7b6",
+        ),
+        (
+            BlockType::MXFP4,
+            "c2ca68a3737fb88a46250e75cc0325cd83fff845b9a44d1ec8c84fe133dc484e",
+            "a2d142bbb1d4c382150c24a517a15631350025e1dfb992b84bd9a8ee56a00816",
         ),
     ];
     for (block_type, want_bytes, want_values) in bytes_and_values {
@@ -162,6 +245,16 @@ fn exponent_bytes(block_type: BlockType) -> &'static [usize] {
         BlockType::Q6K => &[209],
         BlockType::MXFP4 => &[0],
     }
+}
+
+fn quantised_types() -> impl Iterator<Item = BlockType> {
+    BlockType::ALL.into_iter().filter(|t| t.is_quantized() && t.can_encode())
+}
+
+/// A power of two for each sub-block, and outliers.
+fn scale_of(i: usize) -> f32 {
+    let power = (i / 16 % 31) as i32 - 20;
+    2_f32.powi(power) * if i.is_multiple_of(97) { 64.0 } else { 1.0 }
 }
 
 fn random_values(count: usize) -> Vec<f32> {

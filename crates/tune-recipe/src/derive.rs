@@ -142,7 +142,10 @@ impl RunSpec {
             self.train.learning_rate = rate;
             self.auto("train.learning_rate", reason);
         }
-        self.auto("train.gradient_checkpointing", "saves memory, costs about a seventh of the speed");
+        self.auto(
+            "train.gradient_checkpointing",
+            "as many blocks as fit in the budget keep their activations",
+        );
         self.derive_batch()
     }
 

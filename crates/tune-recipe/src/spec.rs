@@ -265,7 +265,8 @@ pub struct Train {
     pub adam_epsilon: f64,
     /// Longest L2 norm of the gradient of all trained parameters together; `0` does not clip.
     pub max_grad_norm: f64,
-    /// Keep only each block's input and run the block again in backward. "auto" is `true`.
+    /// Keep only each block's input and run the block again in backward. "auto" does so for as few blocks as the
+    /// memory budget allows.
     pub gradient_checkpointing: bool,
     /// Seed of initialisation, shuffling, dropout and the validation split.
     pub seed: u64,

@@ -85,9 +85,9 @@ pub fn save(
         Trained::Adapter(adapter) => peft::write(&temporary, adapter)?,
         Trained::Weights(weights) => write_tensors(&temporary.join(WEIGHTS), weights)?,
     }
-    let moments = moments
-        .iter()
-        .flat_map(|(name, pair)| [(format!("{name}.m"), pair.m.clone()), (format!("{name}.v"), pair.v.clone())]);
+    let moments = moments.iter().flat_map(|(name, pair)| {
+        [(format!("{name}.m"), pair.m.clone()), (format!("{name}.v"), pair.v.clone())]
+    });
     write_tensors(&temporary.join(OPTIMIZER), &moments.collect())?;
     let json = serde_json::to_vec_pretty(state).unwrap_or_default();
     write_atomically(&temporary.join(STATE), &json)?;

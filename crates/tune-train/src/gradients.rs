@@ -13,7 +13,7 @@
 use burn::tensor::{Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
-use tune_kernels::{Arithmetic, add_embedding_gradient, linear_cross_entropy, seed_gradient};
+use tune_kernels::{Arithmetic, add_embedding_gradient, alias, linear_cross_entropy, seed_gradient};
 use tune_models::{Block, Context, Layout, Llama, Output};
 
 /// Rows of the hidden states that go through the head at once in `f32`.
@@ -71,8 +71,7 @@ impl GradientSum {
                 kept.push(Kept::Input(x.clone()));
                 block.forward(x, &context)
             } else {
-                let graph = Graph::of(block, x, &context, wants_dx(i));
-                let y = graph.y.clone().inner();
+                let (graph, y) = Graph::of(block, x, &context, wants_dx(i));
                 kept.push(Kept::Graph(graph));
                 y
             }
@@ -82,12 +81,12 @@ impl GradientSum {
         self.blocks.resize_with(blocks.len(), Vec::new);
         for (i, (block, kept)) in blocks.iter().zip(kept).enumerate().rev() {
             let Some(dy) = upstream.take() else { break };
-            let Graph { mut block, x, y } = match kept {
+            let Graph { mut block, input, output } = match kept {
                 Kept::Graph(graph) => graph,
-                Kept::Input(x) => Graph::of(block, x, &context, wants_dx(i)),
+                Kept::Input(x) => Graph::of(block, x, &context, wants_dx(i)).0,
             };
-            let mut tape = seed_gradient(y, dy).backward();
-            upstream = x.grad_remove(&mut tape);
+            let mut tape = seed_gradient(output, dy).backward();
+            upstream = input.grad_remove(&mut tape);
             let parameters = block.parameters_mut(lowest + i);
             let gradients = parameters.into_iter().map(|parameter| gradient(parameter.tensor, &mut tape));
             add(&mut self.blocks[i], gradients.collect());
@@ -153,20 +152,25 @@ enum Kept {
     Graph(Graph),
 }
 
-/// A block's forward pass with a graph.
+/// A block's forward pass with a graph. Of its input and output only the places in the graph are held: their values
+/// are kept by the operations that need them, if any does.
 struct Graph {
     block: Block,
-    x: Tensor<2>,
-    y: Tensor<2>,
+    input: Tensor<2>,
+    output: Tensor<2>,
 }
 
 impl Graph {
-    /// The lowest block needs no gradient of its input, unless the embedding is trained.
-    fn of(block: &Block, x: Tensor<2>, context: &Context, wants_dx: bool) -> Self {
+    /// The graph of `block` at `x`, and y. The lowest block needs no gradient of its input, unless the embedding is
+    /// trained.
+    fn of(block: &Block, x: Tensor<2>, context: &Context, wants_dx: bool) -> (Self, Tensor<2>) {
+        let nothing = Tensor::empty([0, 0], &x.device());
         let block = block.tracked();
-        let x = if wants_dx { x.autodiff().require_grad() } else { x.autodiff() };
-        let y = block.forward(x.clone(), context);
-        Self { block, x, y }
+        let leaf = nothing.clone().autodiff();
+        let input = if wants_dx { leaf.require_grad() } else { leaf };
+        let y = block.forward(alias(input.clone(), x), context);
+        let output = alias(y.clone(), nothing);
+        (Self { block, input, output }, y.inner())
     }
 }
 

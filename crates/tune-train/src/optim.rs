@@ -1,16 +1,11 @@
 //! AdamW with torch's arithmetic and defaults, and clipping by the global norm.
 //!
-//! ```text
-//! p ← p · (1 − lr · λ)
-//! m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
-//! p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
-//! ```
-//!
-//! Loshchilov and Hutter 2019, arXiv 1711.05101; order of operations as in `torch.optim.AdamW`.
-//! burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its state by module; ours is a list in the
-//! order of [`tune_models::Llama::parameters_mut`], which a checkpoint can store by name.
+//! The arithmetic is [`tune_kernels::adamw`]'s. burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its
+//! state by module; ours is a list in the order of [`tune_models::Llama::parameters_mut`], which a checkpoint can store
+//! by name.
 
 use burn::tensor::Tensor;
+use tune_kernels::{AdamWFactors, adamw, sum_of_squares};
 
 /// Hyper-parameters; the defaults are torch's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,16 +75,26 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         let correction1 = 1.0 - beta1.powf(self.steps as f64);
         let correction2 = 1.0 - beta2.powf(self.steps as f64);
+        let factors = AdamWFactors {
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            decay: (1.0 - learning_rate * weight_decay) as f32,
+            step_size: (learning_rate / correction1) as f32,
+            second_correction: correction2.sqrt() as f32,
+            epsilon: epsilon as f32,
+        };
         let decays = self.exempt.iter().map(|exempt| !exempt).chain(std::iter::repeat(true));
         let state = self.moments.iter_mut().zip(decays);
         for ((parameter, gradient), (moments, decays)) in parameters.into_iter().zip(gradients).zip(state) {
-            let weight_decay = if decays { weight_decay } else { 0.0 };
-            let m = moments.m.clone().mul_scalar(beta1) + gradient.clone().mul_scalar(1.0 - beta1);
-            let v =
-                moments.v.clone().mul_scalar(beta2) + (gradient.clone() * gradient).mul_scalar(1.0 - beta2);
-            let denominator = v.clone().sqrt().div_scalar(correction2.sqrt()).add_scalar(epsilon);
-            let decayed = parameter.clone().mul_scalar(1.0 - learning_rate * weight_decay);
-            *parameter = decayed - (m.clone() / denominator).mul_scalar(learning_rate / correction1);
+            let factors = if decays { factors } else { AdamWFactors { decay: 1.0, ..factors } };
+            // Taken out, so that nobody else holds them and they change in place.
+            let nothing = Tensor::empty([0, 0], &parameter.device());
+            let take = |tensor: &mut Tensor<2>| std::mem::replace(tensor, nothing.clone());
+            let (p, m, v) =
+                adamw(take(parameter), gradient, take(&mut moments.m), take(&mut moments.v), factors);
+            *parameter = p;
             *moments = Moments { m, v };
         }
     }
@@ -98,12 +103,7 @@ impl AdamW {
 /// Scales all gradients so that their common L2 norm is at most `max_norm` (`0` only measures), as
 /// `torch.nn.utils.clip_grad_norm_`. Returns the norm before clipping.
 pub fn clip_grad_norm(gradients: &mut [Tensor<2>], max_norm: f64) -> f64 {
-    // Summed on the host in a fixed order: a parallel sum could differ from run to run.
-    let squares = |g: &Tensor<2>| {
-        let data = g.to_data();
-        data.iter::<f32>().map(|v| f64::from(v) * f64::from(v)).sum::<f64>()
-    };
-    let norm = gradients.iter().map(squares).sum::<f64>().sqrt();
+    let norm = gradients.iter().map(sum_of_squares).sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && factor < 1.0 {
         for gradient in gradients {

@@ -73,7 +73,9 @@ impl RunFolder {
     /// The run has written its adapter or its model.
     pub fn is_finished(&self) -> bool {
         // The one is written last, the other appears with its folder.
-        [self.adapter().join("adapter_config.json"), self.model().join("config.json")].iter().any(|p| p.is_file())
+        [self.adapter().join("adapter_config.json"), self.model().join("config.json")]
+            .iter()
+            .any(|p| p.is_file())
     }
 
     /// There is something here that a fresh run would mix with.

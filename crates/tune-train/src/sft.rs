@@ -41,6 +41,8 @@ pub struct Setup<'a> {
     pub folder: RunFolder,
     /// What the run was predicted to need, for `plan.json`.
     pub plan: String,
+    /// Blocks that keep their activations for backward; the others run twice.
+    pub kept_blocks: usize,
     /// The checkpoint to go on from.
     pub resume_from: Option<PathBuf>,
     /// Set from outside to save and stop.
@@ -224,8 +226,7 @@ fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> O
             return None;
         }
         let dropout = Some(Dropout { key: dropout_key(setup.spec.train.seed, number, index) });
-        let kept_blocks = if setup.spec.train.gradient_checkpointing { 0 } else { usize::MAX };
-        sum.loss += gradients.add(model, micro_batch, scale, kept_blocks, dropout);
+        sum.loss += gradients.add(model, micro_batch, scale, setup.kept_blocks, dropout);
     }
     sum.gradients = gradients.into_gradients();
     Some(sum)

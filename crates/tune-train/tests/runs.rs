@@ -84,6 +84,7 @@ fn train(
         validation: batcher(spec, rows(4)),
         folder: folder.clone(),
         plan: "{}".into(),
+        kept_blocks: 0,
         resume_from,
         stop: &stop,
     };

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use tune_data::{ChatTemplate, Clock, DataSource, Dataset, Format, LoadOptions, Tokenizer};
+use tune_data::{ChatTemplate, Clock, DataSource, Dataset, Format, LoadOptions, TokenCache, Tokenizer};
 use tune_formats::{BaseModel, ModelConfig};
 use tune_hub::{ModelRef, Resolved};
 use tune_recipe::{BaseFacts, DataFormat, Override, RunSpec};
 
-use crate::{download, machine};
 use crate::model::check_ids;
+use crate::{download, machine};
 
 /// A recipe and the base that it names.
 pub struct Inputs {
@@ -45,7 +45,7 @@ pub fn of_spec(mut spec: RunSpec) -> miette::Result<Inputs> {
 }
 
 impl Inputs {
-    /// Tokenises the recipe's rows.
+    /// The recipe's rows, tokenised. They are kept for the next run unless `TUNE_NO_CACHE` is set.
     pub fn dataset(&self) -> miette::Result<Dataset> {
         let sources: Vec<DataSource> = self
             .spec
@@ -62,8 +62,11 @@ impl Inputs {
             overlong: overlong(self.spec.data_options.overlong),
             vocab_size: self.base.config.vocab_size,
         };
-        let name = &self.base.name;
-        let dataset = tune_data::load(&sources, &options, &self.tokenizer, self.template.as_ref(), name)?;
+        let (tokenizer, template, name) = (&self.tokenizer, self.template.as_ref(), &self.base.name);
+        let dataset = match tune_hub::Options::from_env(|name| std::env::var_os(name)).token_cache_dir {
+            Some(folder) => TokenCache::new(folder).load(&sources, &options, tokenizer, template, name)?,
+            None => tune_data::load(&sources, &options, tokenizer, template, name)?,
+        };
         check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), &self.base)?;
         Ok(dataset)
     }

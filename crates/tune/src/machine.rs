@@ -24,7 +24,7 @@ pub fn cpu_seconds() -> Option<f64> {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: `time` is a valid, writable timespec.
         let failed = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) } != 0;
-        (!failed).then(|| time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
+        (!failed).then_some(time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
     }
     #[cfg(not(unix))]
     None

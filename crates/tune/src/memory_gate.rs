@@ -1,5 +1,7 @@
 //! The gate before every run: the estimate against what the run may use.
 
+use std::fmt::Write as _;
+
 use indicatif::HumanBytes;
 use serde_json::json;
 use tune_data::Sample;
@@ -13,6 +15,8 @@ use crate::machine;
 /// A plan that has passed.
 pub struct Gate {
     plan: MemoryPlan,
+    /// Blocks that do not keep their activations.
+    made_again: u64,
     notes: Vec<String>,
 }
 
@@ -26,17 +30,18 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::R
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
     let on_exceed = spec.memory.on_exceed;
     let mut notes = Vec::new();
+    let blocks = base.config.num_hidden_layers as u64;
     loop {
         let shape = Shape::from(&base.config);
         let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
         input.sequence_len = longest_row(spec, rows);
-        let plan = tune_plan::estimate(&input);
+        let plan = tune_plan::estimate(&input.keep_what_fits(spec));
         let fits = plan.fits.unwrap_or(true);
         match on_exceed {
-            _ if fits => return Ok(Gate { plan, notes }),
+            _ if fits => return Ok(Gate { made_again: blocks - plan.kept_blocks.unwrap_or(0), plan, notes }),
             OnExceed::Warn => {
                 notes.push("the run may not fit in memory (memory.on_exceed = \"warn\")".into());
-                return Ok(Gate { plan, notes });
+                return Ok(Gate { made_again: blocks - plan.kept_blocks.unwrap_or(0), plan, notes });
             }
             OnExceed::Fit if spec.shrink_micro_batch() => {
                 notes.push(format!("micro_batch_size is now {}", spec.train.micro_batch_size));
@@ -52,6 +57,11 @@ impl Gate {
         self.plan.estimate.peak_bytes
     }
 
+    /// Blocks that keep their activations for backward.
+    pub fn kept_blocks(&self) -> usize {
+        self.plan.kept_blocks.map_or(0, |blocks| blocks as usize)
+    }
+
     /// One line for people, and one for each thing that was changed.
     pub fn summary(&self) -> String {
         let budget = match self.plan.budget_bytes {
@@ -59,6 +69,9 @@ impl Gate {
             None => "; this system does not tell how much is usable".into(),
         };
         let mut text = format!("plan      {} at the peak {budget}", HumanBytes(self.peak_bytes()));
+        if self.made_again > 0 {
+            write!(text, "\n          {} blocks run again in backward, to save memory", self.made_again).ok();
+        }
         for note in &self.notes {
             text.push_str("\n          ");
             text.push_str(note);
@@ -90,7 +103,7 @@ fn refusal(spec: &RunSpec, plan: &MemoryPlan) -> DoesNotFit {
         changes.push("--set train.micro_batch_size=1 (the effective batch stays)");
     }
     if !spec.train.gradient_checkpointing {
-        changes.push("--set train.gradient_checkpointing=true");
+        changes.push("--set train.gradient_checkpointing=true (or \"auto\")");
     }
     changes.extend([
         "a shorter data_options.sequence_len",

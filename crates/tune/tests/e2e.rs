@@ -3,6 +3,7 @@
 //! `tests/e2e/README.md` has the scripts, the format of the files and the measurements behind the limits. Everything
 //! that is needed is fetched on the first run, into `target/`: llama.cpp and PEFT (0.7 GB), the model (98 MB).
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -10,6 +11,8 @@ use std::process::{Command, Output};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
+use tune_export::{ExportOptions, ExportRequest, ExportTarget, FileType};
+use tune_formats::peft::{Adapter, AdapterConfig};
 
 /// Limits of one comparison of two logits files.
 struct Limits {
@@ -121,6 +124,32 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     bench.check_peft(&base, &adapter, &tuned, "1e-3");
 }
 
+/// The real model, whose rows are mostly no whole number of 256-value blocks, and a random one whose rows are, untied
+/// and with shared key and value heads.
+#[test]
+fn every_gguf_type_equals_what_llama_cpps_own_quantiser_writes() {
+    let bench = Bench::new(&["--with-quantizer"]);
+    let random = bench.path("random");
+    let tiny = root().join("tests/parity/models/llama-tied");
+    let shape = [
+        "num_hidden_layers=16",
+        "hidden_size=256",
+        "intermediate_size=512",
+        "num_attention_heads=8",
+        "num_key_value_heads=2",
+        "tie_word_embeddings=false",
+    ];
+    text_of(&mut bench.script("e2e/random_llama.py", &[&[path(&tiny), path(&random)], &shape[..]].concat()));
+    for model in [pull("smollm2:135m"), random] {
+        let float32 = bench.requantise(&model, FileType::F32, "f32.gguf");
+        for file_type in FileType::ALL {
+            let ours = bench.requantise(&float32, file_type, "ours.gguf");
+            let theirs = bench.llama_quantise(&float32, file_type, "theirs.gguf");
+            text_of(&mut bench.script("e2e/same_tensors.py", &[path(&ours), path(&theirs)]));
+        }
+    }
+}
+
 #[test]
 fn adapter_trained_on_a_hugging_face_directory_opens_in_peft() {
     let bench = Bench::new(&["--with-torch"]);
@@ -152,6 +181,8 @@ fn adapter_trained_on_a_hugging_face_directory_opens_in_peft() {
 /// The environment of the judges, and a folder that goes when the test ends.
 struct Bench {
     python: PathBuf,
+    /// Folder of llama.cpp's libraries, where set-up was asked for it.
+    quantizer: Option<String>,
     folder: TempDir,
     _alone: File,
 }
@@ -161,10 +192,11 @@ impl Bench {
         let alone = alone();
         let printed =
             text_of(Command::new("bash").arg(root().join("tests/e2e/setup.sh")).args(setup_arguments));
-        let python =
-            printed.lines().find_map(|line| line.strip_prefix("python=")).expect("setup.sh prints python=");
+        let named = |name: &str| printed.lines().find_map(|line| line.strip_prefix(name));
+        let python = named("python=").expect("setup.sh prints python=").into();
+        let quantizer = named("quantizer=").map(str::to_owned);
         let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder for the test's files");
-        Self { python: python.into(), folder, _alone: alone }
+        Self { python, quantizer, folder, _alone: alone }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -174,6 +206,30 @@ impl Bench {
     fn export(&self, run: &Path, target: &str, name: &str) -> PathBuf {
         let out = self.path(name);
         tune(&["export", path(run), "--to", target, "--out", path(&out)]);
+        out
+    }
+
+    /// The model as a GGUF file of another type, without an adapter.
+    fn requantise(&self, model: &Path, file_type: FileType, name: &str) -> PathBuf {
+        let base = tune_formats::open(model).expect("the model opens");
+        let adapter = Adapter { config: AdapterConfig::default(), layers: BTreeMap::new() };
+        let (target, out) = (ExportTarget::Gguf(file_type), self.path(name));
+        let options = ExportOptions::default();
+        let request = ExportRequest { base: &base, adapter: &adapter, target, out: &out, options };
+        tune_export::export(&request, &mut |_| ()).expect("the model is exported");
+        out
+    }
+
+    fn llama_quantise(&self, gguf: &Path, file_type: FileType, name: &str) -> PathBuf {
+        let out = self.path(name);
+        let quantizer = self.quantizer.as_deref().expect("set up with the quantiser");
+        let name = file_type.name().to_lowercase();
+        let mut arguments = vec![quantizer, path(gguf), path(&out), &name];
+        if file_type == FileType::MXFP4 {
+            // llama.cpp gives this type only to experts, unless it is told otherwise
+            arguments.extend(["--experts", r"^blk\.\d+\.(attn|ffn)_"]);
+        }
+        text_of(&mut self.script("e2e/quantise.py", &arguments));
         out
     }
 

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 
 use super::{AttentionSpan, CausalAttention, CausalAttentionKernels, Heads, Saved};
 use crate::cpu::{
-    self, SharedSlots, Target, Threads, Unwritten, View, ViewMut, as_slots, dot, exp, exp_sum, max, multiply,
-    multiply_add, scale_in_place, vectorised, with_scratch,
+    self, SharedSlots, Target, Threads, Unwritten, Value, View, ViewMut, as_slots, dot, exp, exp_sum, max,
+    multiply, multiply_add, scale_in_place, vectorised, with_scratch,
 };
 
 /// Queries and keys of a tile of scores: 64 KiB, so that two of them and their inputs stay in the second-level
@@ -289,11 +289,11 @@ fn sum_groups(values: Vec<f32>, heads: Heads) -> Vec<f32> {
 }
 
 /// Writes zeros to the rows of width `width` that are in no span.
-fn clear_uncovered(spans: &[AttentionSpan], width: usize, slots: &mut [MaybeUninit<f32>]) {
+pub(crate) fn clear_uncovered<T: Value>(spans: &[AttentionSpan], width: usize, slots: &mut [MaybeUninit<T>]) {
     let mut covered = 0;
     for span in spans {
-        slots[covered * width..span.q.start * width].fill(MaybeUninit::new(0.0));
+        slots[covered * width..span.q.start * width].fill(MaybeUninit::zeroed());
         covered = span.q.end;
     }
-    slots[covered * width..].fill(MaybeUninit::new(0.0));
+    slots[covered * width..].fill(MaybeUninit::zeroed());
 }

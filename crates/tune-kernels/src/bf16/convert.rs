@@ -40,13 +40,6 @@ vectorised! {
             *out = round(*value);
         }
     }
-
-    /// `out = scale · values`, rounded.
-    pub(super) fn round_scaled_row(values: &[f32], scale: f32, out: &mut [bf16]) {
-        for (value, out) in values.iter().zip(out) {
-            *out = round(scale * *value);
-        }
-    }
 }
 
 /// `[cols, rows]`, each row padded with zeros to an even length.
@@ -55,14 +48,16 @@ pub(super) fn transposed(values: &[bf16], rows: usize, cols: usize) -> Vec<bf16>
     const BLOCK: usize = 32;
     let depth = rows.next_multiple_of(2);
     let mut out = vec![bf16::ZERO; cols * depth];
-    out.par_chunks_mut((BLOCK * depth).max(1)).zip((0..cols).into_par_iter().step_by(BLOCK)).for_each(|(out, first)| {
-        let width = BLOCK.min(cols - first);
-        for row in 0..rows {
-            for (col, value) in values[row * cols + first..][..width].iter().enumerate() {
-                out[col * depth + row] = *value;
+    out.par_chunks_mut((BLOCK * depth).max(1)).zip((0..cols).into_par_iter().step_by(BLOCK)).for_each(
+        |(out, first)| {
+            let width = BLOCK.min(cols - first);
+            for row in 0..rows {
+                for (col, value) in values[row * cols + first..][..width].iter().enumerate() {
+                    out[col * depth + row] = *value;
+                }
             }
-        }
-    });
+        },
+    );
     out
 }
 

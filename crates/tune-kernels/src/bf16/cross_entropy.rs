@@ -37,7 +37,9 @@ pub(crate) fn loss_and_gradient(
         let rows = first..targets.len().min(first + chunk);
         let (x, targets) = (&x[rows.start * d_model..rows.end * d_model], &targets[rows.clone()]);
         chunks.observe(x, head, targets);
-        for ((loss, log_sum), target) in losses[rows.clone()].iter_mut().zip(&chunks.log_sums).zip(&chunks.targets) {
+        for ((loss, log_sum), target) in
+            losses[rows.clone()].iter_mut().zip(&chunks.log_sums).zip(&chunks.targets)
+        {
             *loss = log_sum - target;
         }
         if let Some(scale) = scale {
@@ -128,7 +130,8 @@ impl Chunk {
 
     /// Turns what is stored into `scale · (softmax(z) - onehot(target))`.
     fn to_gradient(&mut self, targets: &[u32], scale: f32) {
-        let rows = self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
+        let rows =
+            self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
         let known = targets.par_iter().zip(&self.targets).zip(&self.log_sums);
         rows.zip(known).with_min_len(8).for_each(|((row, groups), ((target, logit), log_sum))| {
             for (values, (maximum, _)) in row.chunks_mut(GROUP).zip(groups) {
@@ -145,7 +148,7 @@ impl Chunk {
         let depth = rows.next_multiple_of(2);
         let dz = transposed(&self.stored[..rows * self.vocab], rows, self.vocab);
         let sums = SharedMatrix::new(d_head, d_model);
-        let x = Source::Halves { values: &self.rounded, cols: d_model, stride: d_model };
+        let x = Source::Halves { values: &self.rounded, stride: d_model };
         run(&[Product {
             rows: self.vocab,
             cols: d_model,

@@ -75,8 +75,8 @@ pub(super) enum Source<'a> {
     Stored(&'a StoredMatrix),
     /// `f32`, rows of `cols` values one after the other.
     Floats { values: &'a [f32], cols: usize },
-    /// `bf16`, rows of `cols` values that begin `stride` apart.
-    Halves { values: &'a [bf16], cols: usize, stride: usize },
+    /// `bf16`, rows that begin `stride` apart.
+    Halves { values: &'a [bf16], stride: usize },
 }
 
 impl Source<'_> {
@@ -356,7 +356,7 @@ mod tests {
             let (w, b) = (halves(3, n * k), uniform(4, n * r));
             let (x, h) = (Operand::new(&x, m, k, k + 1), Operand::new(&h, m, r, r + 1));
             let rounded: Vec<bf16> = b.iter().map(|v| bf16::from_f32(*v)).collect();
-            let source = Source::Halves { values: &w, cols: k, stride: k };
+            let source = Source::Halves { values: &w, stride: k };
             let terms = vec![
                 Term { a: x, b: Factor::Transposed(source) },
                 Term { a: h, b: Factor::Transposed(Source::Floats { values: &b, cols: r }) },
@@ -367,7 +367,7 @@ mod tests {
             });
             let (w, b) = (halves(3, n * k), uniform(4, n * r));
             let terms = vec![
-                Term { a: x, b: Factor::Plain(Source::Halves { values: &w, cols: n, stride: n }) },
+                Term { a: x, b: Factor::Plain(Source::Halves { values: &w, stride: n }) },
                 Term { a: h, b: Factor::Plain(Source::Floats { values: &b, cols: n }) },
             ];
             assert_product(m, n, terms, &|i, k_, j| match i {

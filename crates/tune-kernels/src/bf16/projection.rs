@@ -305,7 +305,8 @@ impl ProjectKernels for Flex {
         pairs: [FlexTensor; 2 * MOST_LAYERS],
         spec: Arc<Spec>,
     ) -> (FlexTensor, Saved<Self>) {
-        let (x, residual, pairs) = (cpu::contiguous(x), cpu::contiguous(residual), pairs.map(cpu::contiguous));
+        let (x, residual, pairs) =
+            (cpu::contiguous(x), cpu::contiguous(residual), pairs.map(cpu::contiguous));
         let [tokens, width] = x.shape().dims();
         let (input, inverse_rms, u) = transform(&x, tokens, width, &spec.transform);
         let u = Shared::of(&u, &input);
@@ -345,7 +346,12 @@ impl ProjectKernels for Flex {
         (y, Saved { input, inverse_rms, h, pairs, spec })
     }
 
-    fn backward(saved: Saved<Self>, dy: FlexTensor, wants_x: bool, wants_gain: bool) -> ProjectGradients<Self> {
+    fn backward(
+        saved: Saved<Self>,
+        dy: FlexTensor,
+        wants_x: bool,
+        wants_gain: bool,
+    ) -> ProjectGradients<Self> {
         let Saved { input, inverse_rms, h, pairs, spec } = saved;
         let dy = cpu::contiguous(dy);
         let [tokens, _] = dy.shape().dims();
@@ -355,7 +361,8 @@ impl ProjectKernels for Flex {
         let h: &[bf16] = cpu::values(&h);
         let pair_views = Pairs::of(&pairs, &spec);
         let columns = spec.columns();
-        let dy_of = |layer: usize| Operand::new(&dy[columns[layer].start..], tokens, columns[layer].len(), d_out);
+        let dy_of =
+            |layer: usize| Operand::new(&dy[columns[layer].start..], tokens, columns[layer].len(), d_out);
 
         // dh
         let mut dh = vec![bf16::ZERO; tokens * pair_views.width];
@@ -379,14 +386,15 @@ impl ProjectKernels for Flex {
         // dA, dB, dW and du: all that is left is independent
         let u = again(&input, &spec.transform);
         let u = Shared::of(&u, &input);
-        let u = Source::Halves { values: u.values(), cols: d_in, stride: d_in };
+        let u = Source::Halves { values: u.values(), stride: d_in };
         let depth = tokens.next_multiple_of(2);
         let (h_t, dh_t) =
             (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
         let mut du = DInput::new(wants_x || wants_gain, tokens, &spec);
         let is_trained = spec.layers.iter().any(|layer| layer.is_trained);
         let dy_t = if is_trained { transposed(dy, tokens, d_out) } else { Vec::new() };
-        let mut of_pairs: Vec<Unwritten> = pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
+        let mut of_pairs: Vec<Unwritten> =
+            pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
         let slots: Vec<SharedSlots> = of_pairs.iter_mut().map(|v| SharedSlots::new(v.slots())).collect();
         let mut products: Vec<Product> = Vec::new();
         for (pair, _) in pair_views.each() {
@@ -403,7 +411,7 @@ impl ProjectKernels for Flex {
                     });
                 }),
             });
-            let dy = Source::Halves { values: &dy[columns[pair.layer].start..], cols: d_out, stride: d_out };
+            let dy = Source::Halves { values: &dy[columns[pair.layer].start..], stride: d_out };
             products.push(Product {
                 rows: rank,
                 cols: columns[pair.layer].len(),
@@ -411,7 +419,8 @@ impl ProjectKernels for Flex {
                 finish: Box::new(move |tile| write_transposed(db, rank, &tile)),
             });
         }
-        for (layer, columns) in columns.iter().enumerate().filter(|(layer, _)| spec.layers[*layer].is_trained) {
+        for (layer, columns) in columns.iter().enumerate().filter(|(layer, _)| spec.layers[*layer].is_trained)
+        {
             let (dw, dy) = (slots[2 * layer], &dy_t[columns.start * depth..]);
             products.push(Product {
                 rows: columns.len(),
@@ -425,7 +434,8 @@ impl ProjectKernels for Flex {
             });
             // SAFETY: nothing else writes the gradient of this bias.
             #[allow(unsafe_code)]
-            let d_bias = unsafe { slots[2 * layer + 1].range(0, pairs[2 * layer + 1].shape().num_elements()) };
+            let d_bias =
+                unsafe { slots[2 * layer + 1].range(0, pairs[2 * layer + 1].shape().num_elements()) };
             for (d_bias, dy) in d_bias.iter_mut().zip(dy.chunks_exact(depth.max(1))) {
                 d_bias.write(dy.iter().map(|dy| f64::from(widen(*dy))).sum::<f64>() as f32);
             }
@@ -1058,7 +1068,9 @@ mod tests {
     #[test]
     fn equals_the_reference() {
         for transform in ["plain", "norm", "swiglu"] {
-            for (ranks, residual) in [(vec![16, 4, 3], false), (vec![8], true), (vec![0, 2], false), (vec![0], true)] {
+            for (ranks, residual) in
+                [(vec![16, 4, 3], false), (vec![8], true), (vec![0, 2], false), (vec![0], true)]
+            {
                 for (block_type, tokens, d_out, d_in) in [
                     (BlockType::Q4_0, 33, 96, 64),
                     (BlockType::Q8_0, 50, 40, 416),
@@ -1068,8 +1080,18 @@ mod tests {
                     let bias = tokens == 7;
                     for is_trained in [false, true] {
                         let ranks = ranks.clone();
-                        Case { transform, ranks, bias, residual, block_type, tokens, d_in, d_out, is_trained }
-                            .assert();
+                        Case {
+                            transform,
+                            ranks,
+                            bias,
+                            residual,
+                            block_type,
+                            tokens,
+                            d_in,
+                            d_out,
+                            is_trained,
+                        }
+                        .assert();
                     }
                 }
             }
@@ -1097,7 +1119,8 @@ mod tests {
 
     #[test]
     fn a_plain_input_beside_trained_pairs_is_a_constant() {
-        let (a, b) = (random(2, [2, 32]).autodiff().require_grad(), random(3, [8, 2]).autodiff().require_grad());
+        let (a, b) =
+            (random(2, [2, 32]).autodiff().require_grad(), random(3, [8, 2]).autodiff().require_grad());
         let layers = [Layer {
             weight: frozen(BlockType::Q8_0, [8, 32]).into(),
             bias: None,

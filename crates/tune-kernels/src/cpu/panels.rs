@@ -7,17 +7,16 @@ use rayon::prelude::*;
 use tune_quant::{BlockType, RowOrder, Storage, StoredMatrix};
 
 use super::buffer::with_scratch;
-use super::math::dot;
 use super::matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
+use super::matvec::{FewRows, MAX_ROWS};
 
 /// Floats of a decoded panel: 2 MiB, small enough for the last-level cache, large enough that waiting for the
 /// other threads after each panel costs nothing.
 const PANEL_FLOATS: usize = 512 * 1024;
 const MIN_PANEL_ROWS: usize = 32;
 
-/// Up to this many rows of `x` a product is limited by decoding: then each row of the weight is decoded and used
-/// at once, instead of being written to a panel.
-const FEW_ROWS: usize = 4;
+/// Weights of a task when `x` has few rows: about 5 µs, so that handing a task over costs little beside it.
+const FEW_ROWS_TASK: usize = 64 * 1024;
 
 /// Calls `work` with consecutive panels of rows of `w` and the range of rows that each holds.
 pub(crate) fn for_each_panel(w: &StoredMatrix, mut work: impl FnMut(Range<usize>, View)) {
@@ -53,7 +52,7 @@ pub(crate) fn times_transposed(
     mut finish: impl FnMut(Range<usize>, &mut ViewMut),
 ) {
     let (m, d_out) = (x.rows(), w.rows());
-    if m <= FEW_ROWS {
+    if m <= MAX_ROWS {
         let mut out = few_rows_times_transposed(x, w, Target::new(out, m, d_out));
         finish(0..d_out, &mut out);
         return;
@@ -73,20 +72,18 @@ pub(crate) fn times<'a>(y: View, w: &StoredMatrix, out: &'a mut [MaybeUninit<f32
     out
 }
 
-/// [`times_transposed`] for so few rows of `x` that decoding W is most of the work: each row of W is decoded into
-/// the first-level cache and used at once.
+/// [`times_transposed`] for so few rows of `x` that reading W is most of the work: straight from its blocks.
 fn few_rows_times_transposed<'a>(x: View, w: &StoredMatrix, out: Target<'a>) -> ViewMut<'a> {
     let (m, d_in, d_out) = (x.rows(), w.cols(), w.rows());
+    if m == 0 {
+        return out.fill_with(|_, _| 0.0);
+    }
+    let x = FewRows::new((0..m).map(|t| x.row(t)), d_in);
+    let task_rows = (FEW_ROWS_TASK / d_in.max(1)).max(1);
     with_scratch(d_out * m, |products| {
-        products.par_chunks_exact_mut(m.max(1)).enumerate().with_min_len(32).for_each_init(
-            || vec![0.0; d_in],
-            |row, (i, products)| {
-                w.decode_row(i, row);
-                for (t, product) in products.iter_mut().enumerate() {
-                    *product = dot(x.row(t), row);
-                }
-            },
-        );
+        products.par_chunks_mut(task_rows * m).enumerate().for_each(|(task, products)| {
+            x.times(w, task * task_rows, products);
+        });
         out.fill_with(|t, i| products[i * m + t])
     })
 }

@@ -23,7 +23,9 @@ const PREVIEW: usize = 4000;
 #[command(
     after_help = "Trained text is green, or stands in ⟦ ⟧ where there is no colour; the rest is only read.\n\n\
                         Examples:\n  tune data recipes/quickstart.toml\n  \
-                        tune data recipes/code.toml --samples 5 --set data_options.sequence_len=512"
+                        tune data recipes/code.toml --samples 5 --set data_options.sequence_len=512\n\n\
+                        Tokens are kept for the next start, here and in train: TUNE_CACHE moves them, TUNE_NO_CACHE=1 \
+                        keeps none."
 )]
 pub struct Args {
     /// The recipe

@@ -32,7 +32,8 @@ const LARGEST_ERROR: f64 = 2.0;
 #[derive(clap::Args)]
 #[command(after_help = "Formats:\n  \
     gguf-lora     the adapter, for llama.cpp and Ollama over the unchanged base; loses nothing\n  \
-    gguf:q8_0     one merged file; also gguf:f16 bf16 f32 q5_1 q5_0 q4_1 q4_0\n  \
+    gguf:q8_0     one merged file; also gguf:f32 f16 bf16 q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m\n  \
+    \u{20}             q4_k_s q4_1 q4_0 iq4_nl mxfp4 q3_k_m q2_k, as llama-quantize makes them\n  \
     safetensors   merged, as a Hugging Face folder\n  \
     peft          the adapter, as a PEFT folder\n\n\
     Examples:\n  tune export runs/quickstart --to gguf:q8_0 --out quickstart.gguf\n  \
@@ -182,7 +183,7 @@ impl Job<'_> {
             template.as_ref()?.render(&messages, None, add_generation_prompt).ok()
         };
         let tokenizer_json = match (&self.base.source, target) {
-            (Source::Gguf(_), ExportTarget::Safetensors) => self.tokenizer.to_json(),
+            (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
             _ => None,
         };
         let options = ExportOptions {

@@ -106,7 +106,8 @@ fn of_recipe(path: &Path, args: &Args, device: Option<Budget>) -> miette::Result
     let budget = usable(device.unwrap_or(spec.memory.budget));
     let on_exceed = spec.memory.on_exceed;
     loop {
-        let input = PlanInput::from_spec(&spec, known.name.clone(), known.shape, weights, budget);
+        let input = PlanInput::from_spec(&spec, known.name.clone(), known.shape, weights, budget)
+            .keep_what_fits(&spec);
         let plan = tune_plan::estimate(&input);
         let may_shrink = on_exceed == OnExceed::Fit && plan.fits == Some(false);
         if !(may_shrink && spec.shrink_micro_batch()) {
@@ -143,7 +144,8 @@ fn of_model(model: &str, args: &Args, device: Option<Budget>) -> miette::Result<
         sequence_len: args.seq,
         micro_batch_size: args.batch,
         gradient_accumulation_steps: 2,
-        gradient_checkpointing: true,
+        dtype: machine::fastest_dtype(),
+        kept_blocks: 0,
         budget_bytes,
     });
     Ok((plan, true))

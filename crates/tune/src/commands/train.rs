@@ -100,6 +100,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         validation: Batcher::new(held_out, batch_options(spec, false))?,
         folder: folder.clone(),
         plan: gate.json(None),
+        kept_blocks: gate.kept_blocks(),
         resume_from,
         stop: &stop,
     };

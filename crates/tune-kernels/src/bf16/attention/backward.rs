@@ -124,7 +124,7 @@ impl Queries {
         let o = source.o[first..].chunks(stride);
         for (i, (d_o, o)) in rows.chunks_exact(dim).zip(o).take(count).enumerate() {
             log_sums[i] = source.log_sums[(tokens.start + i) * heads + head];
-            pulls[i] = dot(d_o, &o[..dim]);
+            pulls[i] = dot(d_o, &o[..dim], stride);
         }
         log_sums[count..].fill(0.0);
         pulls[count..].fill(0.0);

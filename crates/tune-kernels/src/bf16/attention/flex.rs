@@ -4,26 +4,26 @@
 //! Only backward of a long document has several parts of dk and dv, which are added up in the order of its
 //! queries. How a document is divided there depends on its length alone.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
 use burn::backend::Flex;
-use burn::tensor::{Shape, TensorData};
 use burn_flex::FlexTensor;
-use half::bf16;
 use rayon::prelude::*;
 
 use super::backward::{Source, pull_back};
 use super::forward::{self, attend};
 use super::operands::{Input, rotate_back, scale_row};
 use super::{Layout, Saved, SelfAttention, SelfAttentionKernels};
+use crate::attention::clear_uncovered;
 use crate::bf16::tile::WIDTH;
-use crate::cpu::{self, vectorised, with_scratch};
+use crate::cpu::{self, SharedSlots, Unwritten, vectorised, with_scratch};
 use crate::{AttentionSpan, RotaryTable};
 
-/// Queries of a task, all heads of a group taken together: enough that packing the keys is a small part of it.
-const TASK_QUERIES: usize = 288;
+/// Queries of a task, all heads of a group taken together: enough that packing the keys is a small part of it, and
+/// few enough that they stay in the second-level cache. Forward takes fewer where threads would have nothing to do.
+const TASK_QUERIES: usize = 768;
+const FEWEST_TASK_QUERIES: usize = 192;
 
 /// Most parts into which backward divides a document: each has its own dk and dv.
 const MOST_PARTS: usize = 8;
@@ -47,13 +47,16 @@ impl SelfAttentionKernels for Flex {
         layout: Layout,
     ) -> (FlexTensor, FlexTensor) {
         let qkv = cpu::contiguous(qkv);
-        let input = Input { qkv: halves(&qkv), rotary, layout };
+        let input = Input { qkv: cpu::values(&qkv), rotary, layout };
         let Layout { heads, dim, .. } = layout;
         let tokens = rotary.tokens();
-        let (mut o, mut log_sums) = (vec![bf16::ZERO; tokens * heads * dim], vec![0.0; tokens * heads]);
-        let (o_rows, log_sum_rows) =
-            (SharedRows::new(&mut o, heads * dim), SharedRows::new(&mut log_sums, heads));
-        let rows = (TASK_QUERIES / layout.group()).next_multiple_of(forward::STRIP).max(forward::STRIP);
+        let (mut o, mut log_sums) = (Unwritten::new(tokens * heads * dim), Unwritten::new(tokens * heads));
+        clear_uncovered(spans, heads * dim, o.slots());
+        clear_uncovered(spans, heads, log_sums.slots());
+        let (o_slots, log_sum_slots) = (SharedSlots::new(o.slots()), SharedSlots::new(log_sums.slots()));
+        let wanted = 4 * rayon::current_num_threads();
+        let rows = (tokens * heads / wanted).clamp(FEWEST_TASK_QUERIES, TASK_QUERIES) / layout.group();
+        let rows = rows.max(1).next_multiple_of(forward::STRIP);
         let parts = |document: &Range<usize>| {
             let len = document.len();
             (0..len).step_by(rows).map(move |start| start..len.min(start + rows)).rev()
@@ -63,33 +66,40 @@ impl SelfAttentionKernels for Flex {
                 let token = document.start + query;
                 // SAFETY: spans do not overlap, so no other task has this token of this head.
                 #[allow(unsafe_code)]
-                let (o, log_sum) =
-                    unsafe { (o_rows.columns(token, head * dim, dim), log_sum_rows.columns(token, head, 1)) };
+                let (o, log_sum) = unsafe {
+                    let row = token * heads + head;
+                    (o_slots.range(row * dim, dim), log_sum_slots.range(row, 1))
+                };
                 scale_row(sums, 1.0 / state.total, o);
-                log_sum[0] = state.log_sum();
+                log_sum[0].write(state.log_sum());
             });
         });
-        (from_halves(o, [tokens, heads * dim]), cpu::from_values(log_sums, [tokens, heads]))
+        // SAFETY: the tasks have written the rows of every span, `clear_uncovered` all others.
+        #[allow(unsafe_code)]
+        let (o, log_sums) = unsafe { (o.written(), log_sums.written()) };
+        (cpu::from_values(o, [tokens, heads * dim]), cpu::from_values(log_sums, [tokens, heads]))
     }
 
     fn backward(saved: Saved<Self>, d_o: FlexTensor) -> FlexTensor {
         let Saved { qkv, o, log_sums, rotary, spans, layout } = saved;
         let [qkv, o, d_o] = [qkv, o, d_o].map(cpu::contiguous);
         let source = Source {
-            input: Input { qkv: halves(&qkv), rotary: &rotary, layout },
-            o: halves(&o),
-            d_o: halves(&d_o),
+            input: Input { qkv: cpu::values(&qkv), rotary: &rotary, layout },
+            o: cpu::values(&o),
+            d_o: cpu::values(&d_o),
             log_sums: cpu::values(&log_sums),
         };
         let (tokens, dim, wide) = (rotary.tokens(), layout.dim, layout.dim.next_multiple_of(WIDTH));
-        let mut gradient = vec![bf16::ZERO; tokens * layout.width()];
-        let rows = SharedRows::new(&mut gradient, layout.width());
+        let width = layout.width();
+        let mut gradient = Unwritten::new(tokens * width);
+        clear_uncovered(&spans, width, gradient.slots());
+        let slots = SharedSlots::new(gradient.slots());
         let finish = |token: usize, kv_head: usize, dk: &[f32], dv: &[f32]| {
             let (cos, sin) = rotary.angles(token..token + 1);
             // SAFETY: spans do not overlap, and each token of each key head is finished once.
             #[allow(unsafe_code)]
             let [k, v] = [layout.k_column(kv_head), layout.v_column(kv_head)]
-                .map(|column| unsafe { rows.columns(token, column, dim) });
+                .map(|column| unsafe { slots.range(token * width + column, dim) });
             // the queries that dK was made with had been multiplied by log2 e
             rotate_back(dk, cos, sin, std::f32::consts::LN_2, k);
             scale_row(&dv[..dim], 1.0, v);
@@ -103,7 +113,7 @@ impl SelfAttentionKernels for Flex {
                     let (cos, sin) = rotary.angles(token..token + 1);
                     // SAFETY: spans do not overlap, so no other task has this token of this head.
                     #[allow(unsafe_code)]
-                    let out = unsafe { rows.columns(token, layout.q_column(head), dim) };
+                    let out = unsafe { slots.range(token * width + layout.q_column(head), dim) };
                     rotate_back(dq, cos, sin, layout.score_scale(), out);
                 });
             };
@@ -126,7 +136,11 @@ impl SelfAttentionKernels for Flex {
             Vec::new()
         });
         add_parts(&parts, wide, finish);
-        from_halves(gradient, [tokens, layout.width()])
+        // SAFETY: tasks have written the queries of every span, tasks or `add_parts` the keys and values, and
+        // `clear_uncovered` all others.
+        #[allow(unsafe_code)]
+        let gradient = unsafe { gradient.written() };
+        cpu::from_values(gradient, [tokens, width])
     }
 }
 
@@ -210,54 +224,5 @@ vectorised! {
         for (sum, value) in sum.iter_mut().zip(values) {
             *sum += value;
         }
-    }
-}
-
-// merges with cpu::flex
-fn halves(tensor: &FlexTensor) -> &[bf16] {
-    match tensor.as_slice::<bf16>() {
-        Some(values) => values,
-        None => panic!("expected a contiguous bf16 tensor, got {tensor:?}"),
-    }
-}
-
-// merges with cpu::flex
-fn from_halves<const D: usize>(values: Vec<bf16>, shape: [usize; D]) -> FlexTensor {
-    FlexTensor::from_data(TensorData::new(values, Shape::new(shape)))
-}
-
-// merges with cpu::buffer
-/// Rows that several tasks write at once, each its own rows and columns.
-#[derive(Clone, Copy)]
-struct SharedRows<'a, T> {
-    start: *mut T,
-    len: usize,
-    width: usize,
-    borrow: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: a `SharedRows` is a mutable borrow of plain numbers; only `columns` touches them, and its contract rules
-// out two tasks with the same element.
-#[allow(unsafe_code)]
-unsafe impl<T: Send> Send for SharedRows<'_, T> {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
-
-impl<'a, T> SharedRows<'a, T> {
-    fn new(values: &'a mut [T], width: usize) -> Self {
-        Self { start: values.as_mut_ptr(), len: values.len(), width, borrow: PhantomData }
-    }
-
-    /// The columns from `column` on of a row.
-    ///
-    /// # Safety
-    /// While the slice is used, no other may have any of its elements.
-    #[allow(unsafe_code)]
-    unsafe fn columns(&self, row: usize, column: usize, count: usize) -> &'a mut [T] {
-        let first = row * self.width + column;
-        assert!(first + count <= self.len, "[{row}, {column}..] of {} values", self.len);
-        // SAFETY: within the borrowed slice; the caller vouches for its exclusive use.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), count) }
     }
 }

@@ -14,9 +14,9 @@ use crate::cpu::{LANES, add_lanes, exp2_for_bf16, vectorised};
 /// Queries whose scores are made at once. Documents are divided between queries at multiples of it.
 pub(super) const STRIP: usize = 24;
 
-/// Keys that are packed at once: with their values 48 KiB for heads of 64. A multiple of [`WIDTH`] and of
+/// Keys that are packed at once: with their values 96 KiB for heads of 64. A multiple of [`WIDTH`] and of
 /// [`STRIP`], so that every query of a strip sees some key of every block up to its own.
-const KEY_BLOCK: usize = 192;
+const KEY_BLOCK: usize = 384;
 
 /// The queries `queries` of a document, numbered from its first, of all heads of `kv_head`. `finish` is called
 /// with each query, its head, and its row of o before the division by the sum of exponentials.

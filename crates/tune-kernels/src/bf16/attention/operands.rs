@@ -1,5 +1,6 @@
 //! Rows of heads as the factors of products: rotated, packed, transposed.
 
+use std::mem::MaybeUninit;
 use std::ops::{Deref, Range};
 
 use bytemuck::Zeroable;
@@ -41,10 +42,31 @@ impl<'a> Input<'a> {
     }
 }
 
+/// Asks for the `dim` values of the row after the next few that begin `stride` apart: rows of a head lie too far
+/// apart for the processor to foresee them.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "one instruction for each cache line")]
+fn prefetch(row: &[bf16], stride: usize, dim: usize) {
+    const AHEAD: usize = 8;
+    const LINE: usize = 32;
+    #[cfg(target_arch = "x86_64")]
+    for value in (0..dim).step_by(LINE) {
+        let address = row.as_ptr().wrapping_add(AHEAD * stride + value);
+        // SAFETY: asking for an address that may not be read has no effect.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, stride, dim, AHEAD, LINE);
+}
+
 /// Copies `count` rows of `dim` values that begin `stride` apart; rows of `out` beyond them become zeros.
 pub(super) fn copy_rows(rows: &[bf16], count: usize, stride: usize, dim: usize, out: &mut [bf16]) {
     let (out, rest) = out.split_at_mut(count * dim);
     for (row, out) in rows.chunks(stride).zip(out.chunks_exact_mut(dim)) {
+        prefetch(row, stride, dim);
         out.copy_from_slice(&row[..dim]);
     }
     rest.fill(bf16::ZERO);
@@ -80,6 +102,7 @@ vectorised! {
         let half = dim / 2;
         let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
         for ((x, out), (cos, sin)) in x.chunks(stride).zip(out.chunks_exact_mut(dim)).zip(angles) {
+            prefetch(x, stride, dim);
             let (x_low, x_high) = x[..dim].split_at(half);
             let (out_low, out_high) = out.split_at_mut(half);
             let turn = |low: bf16, high: bf16, cos: f32, sin: f32| {
@@ -104,15 +127,15 @@ vectorised! {
     }
 
     /// `out` = `x · scale`, rotated back, for one row of a head.
-    pub(super) fn rotate_back(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [bf16]) {
+    pub(super) fn rotate_back(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [MaybeUninit<bf16>]) {
         let half = cos.len();
         let (x_low, x_high) = x[..2 * half].split_at(half);
         let (out_low, out_high) = out[..2 * half].split_at_mut(half);
         for (((low, high), (out_low, out_high)), (cos, sin)) in
             x_low.iter().zip(x_high).zip(out_low.iter_mut().zip(out_high)).zip(cos.iter().zip(sin))
         {
-            *out_low = round((low * cos + high * sin) * scale);
-            *out_high = round((high * cos - low * sin) * scale);
+            out_low.write(round((low * cos + high * sin) * scale));
+            out_high.write(round((high * cos - low * sin) * scale));
         }
     }
 
@@ -127,17 +150,21 @@ vectorised! {
         panels: &mut [PanelRow],
     ) {
         let zeros = [bf16::ZERO; WIDTH];
-        for (panel, left) in panels.chunks_exact_mut(panel_len).zip((0..dim).step_by(WIDTH)) {
-            for (pair, out) in (0..count).step_by(2).zip(panel) {
-                let even = &rows[pair * stride + left..];
-                let odd = if pair + 1 < count { &rows[(pair + 1) * stride + left..] } else { &zeros[..] };
+        for (p, pair) in (0..count).step_by(2).enumerate() {
+            let even = &rows[pair * stride..][..dim];
+            let odd = (pair + 1 < count).then(|| &rows[(pair + 1) * stride..][..dim]);
+            prefetch(even, stride, dim);
+            prefetch(odd.unwrap_or(even), stride, dim);
+            for (panel, left) in panels.chunks_exact_mut(panel_len).zip((0..dim).step_by(WIDTH)) {
+                let out = &mut panel[p];
+                let odd = odd.map_or(&zeros[..], |odd| &odd[left..]);
                 if left + WIDTH <= dim {
-                    for ((even, odd), out) in even[..WIDTH].iter().zip(&odd[..WIDTH]).zip(&mut out.0) {
+                    for ((even, odd), out) in even[left..left + WIDTH].iter().zip(&odd[..WIDTH]).zip(&mut out.0) {
                         *out = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
                     }
                 } else {
                     *out = PanelRow::ZERO;
-                    for ((even, odd), out) in even[..dim - left].iter().zip(odd).zip(&mut out.0) {
+                    for ((even, odd), out) in even[left..].iter().zip(odd).zip(&mut out.0) {
                         *out = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
                     }
                 }
@@ -157,14 +184,15 @@ vectorised! {
     }
 
     /// `out = values · factor`, rounded.
-    pub(super) fn scale_row(values: &[f32], factor: f32, out: &mut [bf16]) {
+    pub(super) fn scale_row(values: &[f32], factor: f32, out: &mut [MaybeUninit<bf16>]) {
         for (value, out) in values.iter().zip(out) {
-            *out = round_ties_away(value * factor);
+            out.write(round_ties_away(value * factor));
         }
     }
 
-    /// `Σ a · b`.
-    pub(super) fn dot(a: &[bf16], b: &[bf16]) -> f32 {
+    /// `Σ a · b` of one row of a head; rows of `b` begin `stride` apart.
+    pub(super) fn dot(a: &[bf16], b: &[bf16], stride: usize) -> f32 {
+        prefetch(b, stride, b.len());
         let mut lanes = [0.0; CHUNK];
         let (a_head, a_tail) = a.as_chunks::<CHUNK>();
         let (b_head, b_tail) = b.as_chunks::<CHUNK>();

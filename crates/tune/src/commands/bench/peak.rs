@@ -50,8 +50,8 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
 fn measure(work: Loop) -> Peak {
     Peak {
         instruction: work.instruction,
-        one_core_gflops: best_gflops(&work, 1),
-        all_cores_gflops: best_gflops(&work, host::cores()),
+        one_core_gflops: best_gflops(work, 1),
+        all_cores_gflops: best_gflops(work, host::cores()),
     }
 }
 

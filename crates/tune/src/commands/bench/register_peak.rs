@@ -12,6 +12,7 @@ const SLICE: Duration = Duration::from_millis(10);
 const SLICES: usize = 40;
 
 /// A loop that only computes.
+#[derive(Clone, Copy)]
 pub struct Loop {
     /// What it repeats.
     pub instruction: &'static str,
@@ -52,7 +53,7 @@ impl Loop {
 
 /// 10⁹ floating-point operations a second of `threads` threads together: the sum of each one's best slice while all
 /// of them run.
-pub fn best_gflops(work: &Loop, threads: usize) -> f64 {
+pub fn best_gflops(work: Loop, threads: usize) -> f64 {
     let rounds = rounds_of_a_slice(work);
     let together = Barrier::new(threads);
     let best = || {
@@ -66,7 +67,7 @@ pub fn best_gflops(work: &Loop, threads: usize) -> f64 {
     })
 }
 
-fn rounds_of_a_slice(work: &Loop) -> u64 {
+fn rounds_of_a_slice(work: Loop) -> u64 {
     let mut rounds = 1 << 10;
     loop {
         let seconds = seconds(work, rounds);
@@ -77,7 +78,7 @@ fn rounds_of_a_slice(work: &Loop) -> u64 {
     }
 }
 
-fn seconds(work: &Loop, rounds: u64) -> f64 {
+fn seconds(work: Loop, rounds: u64) -> f64 {
     let start = Instant::now();
     black_box((work.run)(black_box(rounds)));
     start.elapsed().as_secs_f64()
@@ -183,11 +184,11 @@ mod tests {
         let rounds = 4096;
         let portable = Loop { instruction: "", flop: PORTABLE_FLOP, run: portable };
         assert_near((portable.run)(rounds), rounds * PORTABLE_FLOP / 2);
-        let lanes = |work: &Loop| if work.instruction.starts_with("AVX-512") { 16 } else { 8 };
+        let lanes = |work: Loop| if work.instruction.starts_with("AVX-512") { 16 } else { 8 };
         for work in [Some(Loop::f32()), Loop::bf16()].into_iter().flatten() {
             if work.instruction.starts_with("AVX") {
                 // the first lane of all sums
-                assert_near((work.run)(rounds), rounds * work.flop / 2 / lanes(&work));
+                assert_near((work.run)(rounds), rounds * work.flop / 2 / lanes(work));
             }
         }
     }

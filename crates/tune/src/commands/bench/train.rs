@@ -101,7 +101,8 @@ struct Report {
     model: String,
     method: Method,
     dtype: tune_recipe::Dtype,
-    checkpointing: bool,
+    /// Blocks that keep their activations; the others run twice.
+    kept_blocks: usize,
     batch: usize,
     seq: usize,
     steps: usize,
@@ -141,6 +142,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         validation: Batcher::new(Vec::new(), batch_options(spec, false))?,
         folder: RunFolder::new(folder.path()),
         plan: gate.json(None),
+        kept_blocks: gate.kept_blocks(),
         resume_from: None,
         stop: &AtomicBool::new(false),
     };
@@ -159,7 +161,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         model: args.model.clone(),
         method: spec.adapter.method,
         dtype: spec.model.dtype,
-        checkpointing: spec.train.gradient_checkpointing,
+        kept_blocks: gate.kept_blocks(),
         batch: args.batch.get(),
         seq: args.seq,
         steps: args.steps.get(),
@@ -251,9 +253,12 @@ impl Watch {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.host)?;
-        let checkpointing = if self.checkpointing { "with" } else { "without" };
         let (method, dtype) = (name(&self.method), name(&self.dtype));
-        writeln!(f, "model       {}, {method} in {dtype}, {checkpointing} checkpointing", self.model)?;
+        writeln!(
+            f,
+            "model       {}, {method} in {dtype}, {} blocks keep their activations",
+            self.model, self.kept_blocks
+        )?;
         writeln!(
             f,
             "shape       {} × {} tokens, {} steps after {}",
