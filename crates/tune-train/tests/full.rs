@@ -1,17 +1,24 @@
-//! Gradients of all weights of a model: against differences of the loss, and the fast paths against the plain one.
+//! Training of all weights of a model: gradients against differences of the loss and against the plain path, and ten
+//! steps against torch.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
+use serde::Deserialize;
 use tune_data::MicroBatch;
 use tune_kernels::Arithmetic;
 use tune_models::{Llama, Quantization};
-use tune_train::{GradientSum, loss_and_gradients, parameters};
+use tune_train::{AdamW, AdamWConfig, GradientSum, clip_grad_norm, loss_and_gradients, parameters};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity")
+}
 
 /// A fixture model of which every weight is trained.
 fn model(name: &str) -> Llama {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models").join(name);
-    let base = tune_formats::open(&path).expect("fixture model opens");
+    let base = tune_formats::open(&fixtures().join("models").join(name)).expect("fixture model opens");
     let mut model =
         tune_models::load(&base, Quantization::Keep, &Device::flex()).expect("fixture model loads");
     model.unfreeze();
@@ -100,5 +107,87 @@ fn gradients_of_micro_batches_add_up() {
             let difference: Vec<f32> = values(sum).iter().zip(&want).map(|(a, b)| a - b).collect();
             assert!(norm(&difference) <= 1e-5 * norm(&want), "parameter {i}");
         }
+    }
+}
+
+#[derive(Deserialize)]
+struct Torch {
+    losses: Vec<f64>,
+    grad_norms: Vec<f64>,
+    first_gradients: BTreeMap<String, f64>,
+    changes: BTreeMap<String, f64>,
+}
+
+#[derive(Deserialize)]
+struct Batches {
+    steps: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    trained_tokens: usize,
+    micro_batches: Vec<Vec<Document>>,
+}
+
+#[derive(Deserialize)]
+struct Document {
+    input_ids: Vec<u32>,
+    /// Not shifted: the label of a position is its own id, or -100.
+    labels: Vec<i32>,
+}
+
+fn micro_batch(documents: &[Document]) -> MicroBatch {
+    let mut batch = MicroBatch { input_ids: Vec::new(), targets: Vec::new(), documents: Vec::new() };
+    for document in documents {
+        let start = batch.input_ids.len();
+        batch.input_ids.extend(&document.input_ids);
+        batch.targets.extend(document.labels.iter().skip(1).chain([&-100]));
+        batch.documents.push(start..batch.input_ids.len());
+    }
+    batch
+}
+
+fn assert_relative(what: &str, got: f64, want: f64, tolerance: f64) {
+    assert!((got - want).abs() <= tolerance * want.abs(), "{what}: got {got}, want {want}");
+}
+
+#[test]
+fn ten_clipped_accumulated_steps_equal_torch() {
+    let read = |path: &str| fs::read(fixtures().join(path)).expect("fixture");
+    let want: Torch = serde_json::from_slice(&read("full/run.json")).expect("valid");
+    let batches: Batches = serde_json::from_slice(&read("peft/clipped/run.json")).expect("valid");
+    let mut model = model("llama-tied");
+    let start: Vec<Vec<f32>> = parameters(&mut model).into_iter().map(|(_, p)| values(p)).collect();
+    let names: Vec<String> = parameters(&mut model).into_iter().map(|(name, _)| name).collect();
+    let vectors = model.parameters_mut().iter().map(|parameter| parameter.is_vector).collect();
+    let config = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
+    let mut adam =
+        AdamW::new(config, parameters(&mut model).iter().map(|(_, p)| &**p)).without_decay_of(vectors);
+
+    for (number, step) in batches.steps.iter().enumerate() {
+        let mut sum = GradientSum::default();
+        let scale = 1.0 / step.trained_tokens as f64;
+        let loss: f64 =
+            step.micro_batches.iter().map(|part| sum.add(&model, &micro_batch(part), scale, 0, None)).sum();
+        let mut gradients = sum.into_gradients();
+        assert_relative(&format!("loss of step {}", number + 1), loss, want.losses[number], 1e-4);
+        if number == 0 {
+            assert_eq!(want.first_gradients.len(), names.len());
+            for (name, gradient) in names.iter().zip(&gradients) {
+                assert_relative(name, norm(&values(gradient)), want.first_gradients[name], 1e-4);
+            }
+        }
+        let size = clip_grad_norm(&mut gradients, 1.0);
+        assert_relative(
+            &format!("gradient norm of step {}", number + 1),
+            size,
+            want.grad_norms[number],
+            1e-3,
+        );
+        adam.step(1e-3, parameters(&mut model).into_iter().map(|(_, p)| p).collect(), gradients);
+    }
+    for ((name, parameter), start) in parameters(&mut model).into_iter().zip(&start) {
+        let change: Vec<f32> = values(parameter).iter().zip(start).map(|(now, start)| now - start).collect();
+        assert_relative(&format!("change of {name}"), norm(&change), want.changes[&name], 1e-3);
     }
 }
