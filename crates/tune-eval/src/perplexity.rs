@@ -46,6 +46,6 @@ pub fn evaluate(model: &Llama, batch: &MicroBatch) -> Evaluation {
     }
     let hidden = model.hidden(&batch.input_ids, &Layout::documents(&batch.documents));
     let positions = Tensor::<1, Int>::from_data(positions.as_slice(), model.device());
-    let losses = token_losses(hidden.select(0, positions), model.head(), &targets, model.arithmetic());
+    let losses = token_losses(hidden.select(0, positions), &model.head(), &targets, model.arithmetic());
     Evaluation { loss_sum: losses.iter().map(|loss| f64::from(*loss)).sum(), tokens: losses.len() }
 }

@@ -38,7 +38,7 @@ pub(crate) fn write(
 ) -> Result<Written, ExportError> {
     let base = request.base;
     let tensors = merge::tensors(base, request.adapter)?;
-    let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| spec(base, tensor)).collect();
+    let specs = specs(base, &tensors);
     let config = config_json(base, &specs)?;
     let size = specs.iter().map(|spec| spec.byte_len().unwrap_or_default() as u64 + 256).sum::<u64>();
     let staged = Staged::folder(request.out, size, request.options.replace_folder)?;
@@ -59,6 +59,17 @@ pub(crate) fn write(
     })?;
     staged.publish()?;
     Ok(Written { tensors: specs.len(), retention: effect.retention() })
+}
+
+/// Every tensor with its type. Beside matrices of 32 bits, as training in full leaves them, vectors have 32 bits too.
+fn specs(base: &BaseModel, tensors: &[MergedTensor<'_>]) -> Vec<TensorSpec> {
+    let mut specs: Vec<TensorSpec> = tensors.iter().map(|tensor| spec(base, tensor)).collect();
+    if specs.iter().any(|spec| spec.shape.len() == 2 && spec.block_type == BlockType::F32) {
+        for vector in specs.iter_mut().filter(|spec| spec.shape.len() == 1) {
+            vector.block_type = BlockType::F32;
+        }
+    }
+    specs
 }
 
 /// A tensor keeps the 16- or 32-bit type of its base; what a GGUF base stores in blocks becomes F16, which holds

@@ -13,7 +13,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tune_kernels::bf16::{Input, Layer, project, projection_reference, self_attention};
 use tune_kernels::{
-    Arithmetic, AttentionSpan, FrozenVector, FrozenWeight, RotaryTable, attention, causal_attention,
+    Arithmetic, AttentionSpan, FrozenVector, FrozenWeight, RotaryTable, Weight, attention, causal_attention,
     frozen_linear, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu,
 };
 use tune_quant::{BlockType, RowOrder, StoredMatrix};
@@ -40,7 +40,7 @@ fn projections(criterion: &mut Criterion) {
         {
             let layers: Vec<Layer> = d_outs.iter().map(|d_out| layer(block_type, *d_out, d_in)).collect();
             let gain = FrozenVector::from(vec![1.0; d_in]);
-            let normed = |x: &Tensor<2>| Input::Norm { x: x.clone(), gain: gain.clone(), eps: 1e-5 };
+            let normed = |x: &Tensor<2>| Input::Norm { x: x.clone(), gain: gain.clone().into(), eps: 1e-5 };
             let x = [random([TOKENS, d_in])];
             group.throughput(Throughput::Elements(projection_flop(d_in, d_outs)));
             group.bench_function(BenchmarkId::new("bf16", name), |b| {
@@ -139,7 +139,8 @@ fn losses(criterion: &mut Criterion) {
             b.iter(|| {
                 both_ways(&x, |x| {
                     let targets = targets.clone();
-                    linear_cross_entropy(x[0].clone(), &head, targets, 1.0, chunk, arithmetic).reshape([1, 1])
+                    linear_cross_entropy(x[0].clone(), &head.clone().into(), targets, 1.0, chunk, arithmetic)
+                        .reshape([1, 1])
                 })
             });
         });
@@ -173,15 +174,15 @@ fn both_ways(inputs: &[Tensor<2>], operation: impl Fn(&[Tensor<2>]) -> Tensor<2>
 }
 
 fn plain_layer(u: &Tensor<2>, layer: &Layer) -> Tensor<2> {
-    match &layer.adapter {
-        Some((a, b, scale)) => lora_linear(u.clone(), &layer.weight, a.clone(), b.clone(), *scale),
-        None => frozen_linear(u.clone(), &layer.weight),
-    }
+    let (Weight::Frozen(w), Some((a, b, scale))) = (&layer.weight, &layer.adapter) else {
+        unreachable!("every layer here is frozen and has an adapter")
+    };
+    lora_linear(u.clone(), w, a.clone(), b.clone(), *scale)
 }
 
 fn layer(block_type: BlockType, d_out: usize, d_in: usize) -> Layer {
     let [a, b] = [[RANK, d_in], [d_out, RANK]].map(|shape| random(shape).autodiff().require_grad());
-    Layer { weight: weight(block_type, d_out, d_in), bias: None, adapter: Some((a, b, 2.0)) }
+    Layer { weight: weight(block_type, d_out, d_in).into(), bias: None, adapter: Some((a, b, 2.0)) }
 }
 
 fn rotary(tokens: usize) -> RotaryTable {

@@ -14,8 +14,8 @@ mod matvec;
 mod panels;
 
 pub(crate) use buffer::{SharedSlots, Unwritten, Value, as_slots, with_scratch};
-pub(crate) use instruction_set::InstructionSet;
 pub(crate) use flex::{contiguous, from_values, values};
+pub(crate) use instruction_set::InstructionSet;
 pub(crate) use math::{
     LANES, add_lanes, dot, dot3, exp, exp_sum, exp2_for_bf16, max, scale_in_place, sum_of_exp,
 };

@@ -31,8 +31,14 @@ fn step() -> Vec<f32> {
         crate::frozen_linear(attended, &weight(5000, D_MODEL)),
     );
     let hidden = crate::frozen_linear(ff, &frozen(BlockType::F32, [D_MODEL, 5000]));
-    let loss =
-        crate::linear_cross_entropy(hidden, &weight(5000, D_MODEL), targets, 0.1, 64, crate::Arithmetic::F32);
+    let loss = crate::linear_cross_entropy(
+        hidden,
+        &weight(5000, D_MODEL).into(),
+        targets,
+        0.1,
+        64,
+        crate::Arithmetic::F32,
+    );
     let gradients = loss.backward();
     let gradient = |x: &Tensor<2>| values(x.grad(&gradients).expect("a gradient of each tracked tensor"));
     [values(loss.inner()), gradient(&x), gradient(&a), gradient(&b)].concat()

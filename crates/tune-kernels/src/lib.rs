@@ -10,7 +10,8 @@
 //! - the node that the operation adds to the autodiff graph.
 //!
 //! All operations take tensors of a plain device or of an autodiff device. What is frozen is never a tensor
-//! ([`FrozenWeight`], [`FrozenVector`], [`RotaryTable`]), so it serves both kinds and is shared, not copied.
+//! ([`FrozenWeight`], [`FrozenVector`], [`RotaryTable`]), so it serves both kinds and is shared, not copied. What may
+//! be frozen or trained is a [`Weight`] or a [`Vector`].
 //! Results are the same bits with any number of threads: every sum has a fixed order.
 
 mod adamw;
@@ -27,6 +28,7 @@ pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+mod weight;
 
 #[cfg(test)]
 mod determinism;
@@ -45,7 +47,7 @@ pub enum Arithmetic {
 
 pub use adamw::{AdamWFactors, adamw, sum_of_squares};
 pub use attention::{AttentionSpan, causal_attention};
-pub use embedding::embedding;
+pub use embedding::{add_embedding_gradient, embedding};
 pub use frozen::{FrozenVector, FrozenWeight};
 pub use frozen_linear::frozen_linear;
 pub use graph_ends::{alias, seed_gradient};
@@ -54,3 +56,4 @@ pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryTable, rope};
 pub use swiglu::swiglu;
+pub use weight::{Vector, Weight};

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! z = x Wᵀ        loss = s Σₜ (log Σⱼ exp z[t, j] - z[t, target(t)])
-//! dx = s (softmax(z) - onehot(target)) W
+//! dx = s (softmax(z) - onehot(target)) W        dW = s (softmax(z) - onehot(target))ᵀ x
 //! ```
 //!
-//! x `[tokens, d_model]`; W `[vocab, d_model]`, frozen; loss `[1]`. Forward already forms dx, because then the
-//! logits of a chunk of tokens are needed only once: a chunk's logits `[chunk, vocab]` are filled panel by panel
+//! x `[tokens, d_model]`; W `[vocab, d_model]`, frozen or trained; loss `[1]`. Forward already forms dx and dW, because then
+//! the logits of a chunk of tokens are needed only once: a chunk's logits `[chunk, vocab]` are filled panel by panel
 //! of W while the maximum and the sum of each row run along, then each panel becomes its gradient and is
 //! multiplied by the same panel of W again. Without a graph there is no second pass, and no more than one panel
-//! of logits. Saved: dx.
+//! of logits. Saved: dx and dW.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,15 +19,15 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
-use burn::tensor::{Int, Shape, Tensor, TensorData, activation};
+use burn::tensor::{Int, Tensor, TensorData, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::cpu::{
-    self, Target, Threads, Unwritten, View, as_slots, exp, for_each_panel, max, multiply, multiply_add,
-    panel_rows, sum_of_exp, vectorised, with_scratch,
+    self, SharedSlots, Target, Threads, Unwritten, View, ViewMut, as_slots, exp, for_each_panel, max,
+    multiply, multiply_add, panel_rows, sum_of_exp, vectorised, with_scratch,
 };
-use crate::{Arithmetic, FrozenWeight, bf16};
+use crate::{Arithmetic, FrozenWeight, Weight, bf16};
 
 /// `scale · Σ -log softmax(x Wᵀ)[target]` over all rows of `x`.
 ///
@@ -41,22 +41,21 @@ use crate::{Arithmetic, FrozenWeight, bf16};
 /// When the shapes do not agree, a target is not below `vocab`, or `chunk` is 0.
 pub fn linear_cross_entropy(
     x: Tensor<2>,
-    head: &FrozenWeight,
+    head: &Weight,
     targets: Arc<[u32]>,
     scale: f32,
     chunk: usize,
     arithmetic: Arithmetic,
 ) -> Tensor<1> {
-    assert_inputs("linear_cross_entropy", x.dims(), head, &targets);
+    let stored = head.stored();
+    assert_inputs("linear_cross_entropy", x.dims(), &stored, &targets);
     assert!(chunk > 0, "linear_cross_entropy: chunks of 0 tokens");
-    let x = x.into_dispatch();
+    let trained = head.trained().cloned().unwrap_or_else(|| Tensor::empty([0, 0], &x.device().inner()));
+    // What is not in the graph is a constant of it.
+    let tracked = x.is_autodiff() || trained.is_autodiff();
+    let [x, trained] = [x, trained].map(|t| if tracked { t.autodiff() } else { t }.into_dispatch());
     Tensor::from_dispatch(<Dispatch as LinearCrossEntropy>::linear_cross_entropy(
-        x,
-        head.clone(),
-        targets,
-        scale,
-        chunk,
-        arithmetic,
+        x, trained, stored, targets, scale, chunk, arithmetic,
     ))
 }
 
@@ -88,9 +87,13 @@ fn assert_inputs(operation: &str, [tokens, d_model]: [usize; 2], head: &FrozenWe
 
 /// `-log softmax(x Wᵀ)[target]` of each row in plain tensor operations, `[tokens]`, with all logits at once.
 pub fn reference(x: Tensor<2>, head: &FrozenWeight, targets: &[u32]) -> Tensor<1> {
-    let device = x.device();
+    of_logits(crate::frozen_linear::reference(x, head), targets)
+}
+
+fn of_logits(logits: Tensor<2>, targets: &[u32]) -> Tensor<1> {
+    let device = logits.device();
     let tokens = targets.len();
-    let log_probabilities = activation::log_softmax(crate::frozen_linear::reference(x, head), 1);
+    let log_probabilities = activation::log_softmax(logits, 1);
     let ids: Vec<i32> = targets.iter().map(|id| *id as i32).collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, 1]), &device);
     log_probabilities.gather(1, ids).neg().reshape([tokens])
@@ -99,8 +102,10 @@ pub fn reference(x: Tensor<2>, head: &FrozenWeight, targets: &[u32]) -> Tensor<1
 /// The differentiable operation, and the losses without a graph.
 #[backend_extension(Flex, Autodiff)]
 pub(crate) trait LinearCrossEntropy: Backend {
+    /// `trained` is the head if it is a trained tensor, else empty.
     fn linear_cross_entropy(
         x: FloatTensor<Self>,
+        trained: FloatTensor<Self>,
         head: FrozenWeight,
         targets: Arc<[u32]>,
         scale: f32,
@@ -117,15 +122,18 @@ pub(crate) trait LinearCrossEntropy: Backend {
 
 /// The kernels of one backend.
 pub(crate) trait LinearCrossEntropyKernels: LinearCrossEntropy {
-    /// The loss `[1]` and dx.
-    fn loss_and_gradient(
+    /// The loss `[1]`, dx, and dW if it is wanted.
+    fn loss_and_gradients(
         x: FloatTensor<Self>,
         head: &FrozenWeight,
         targets: &[u32],
         scale: f32,
         chunk: usize,
         arithmetic: Arithmetic,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+        wants_head: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>);
+    /// `gradient · by`, with a scalar `by`; in place, for the gradient of a head is large.
+    fn scaled(gradient: FloatTensor<Self>, by: &FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// Rows that [`LinearCrossEntropy::token_losses`] does at a time: the head is decoded once for them.
@@ -134,6 +142,7 @@ const ROWS_WITHOUT_GRAPH: usize = 1024;
 impl LinearCrossEntropy for Flex {
     fn linear_cross_entropy(
         x: FlexTensor,
+        _: FlexTensor,
         head: FrozenWeight,
         targets: Arc<[u32]>,
         scale: f32,
@@ -154,8 +163,14 @@ impl LinearCrossEntropy for Flex {
         let [tokens, d_model] = x.shape().dims();
         if arithmetic == Arithmetic::Bf16 {
             let x = cpu::values(&x);
-            let (losses, _) =
-                bf16::cross_entropy::loss_and_gradient(x, head.matrix(), &targets, None, ROWS_WITHOUT_GRAPH);
+            let (losses, _) = bf16::cross_entropy::loss_and_gradient(
+                x,
+                head.matrix(),
+                &targets,
+                None,
+                ROWS_WITHOUT_GRAPH,
+                None,
+            );
             return cpu::from_values(losses, [tokens]);
         }
         let mut losses = vec![0.0; tokens];
@@ -183,22 +198,31 @@ impl LinearCrossEntropy for Flex {
 }
 
 impl LinearCrossEntropyKernels for Flex {
-    fn loss_and_gradient(
+    fn loss_and_gradients(
         x: FlexTensor,
         head: &FrozenWeight,
         targets: &[u32],
         scale: f32,
         chunk: usize,
         arithmetic: Arithmetic,
-    ) -> (FlexTensor, FlexTensor) {
+        wants_head: bool,
+    ) -> (FlexTensor, FlexTensor, Option<FlexTensor>) {
         let x = cpu::contiguous(x);
         let ([tokens, d_model], vocab) = (x.shape().dims(), head.rows());
+        let mut d_head = wants_head.then(|| vec![0.0; vocab * d_model]);
+        let to_tensor = |values: Vec<f32>| cpu::from_values(values, [vocab, d_model]);
         if arithmetic == Arithmetic::Bf16 {
             let x = cpu::values(&x);
-            let (losses, dx) =
-                bf16::cross_entropy::loss_and_gradient(x, head.matrix(), targets, Some(scale), chunk);
-            let loss = scaled_sum(&losses, scale);
-            return (cpu::from_values(vec![loss], [1]), cpu::from_values(dx, [tokens, d_model]));
+            let (losses, dx) = bf16::cross_entropy::loss_and_gradient(
+                x,
+                head.matrix(),
+                targets,
+                Some(scale),
+                chunk,
+                d_head.as_deref_mut(),
+            );
+            let loss = cpu::from_values(vec![scaled_sum(&losses, scale)], [1]);
+            return (loss, cpu::from_values(dx, [tokens, d_model]), d_head.map(to_tensor));
         }
         let mut losses = vec![0.0; tokens];
         let mut dx = Unwritten::new(tokens * d_model);
@@ -225,13 +249,31 @@ impl LinearCrossEntropyKernels for Flex {
                 to_gradient(&rows, targets, &ids, &mut logits, vocab, scale);
                 let gradient = View::strided(&logits[ids.start..], targets.len(), ids.len(), vocab);
                 multiply_add(&mut dx, 1.0, gradient, panel, Threads::All);
+                if let Some(d_head) = &mut d_head {
+                    let sums = as_slots(&mut d_head[ids.start * d_model..ids.end * d_model]);
+                    // SAFETY: the slots are those of written values.
+                    #[allow(unsafe_code)]
+                    let mut sums =
+                        unsafe { ViewMut::shared(SharedSlots::new(sums), 0, ids.len(), d_model, d_model) };
+                    multiply_add(&mut sums, 1.0, gradient.t(), x, Threads::All);
+                }
             });
         }
         // SAFETY: the chunks cover every row.
         #[allow(unsafe_code)]
         let dx = unsafe { dx.written() };
         let loss = scaled_sum(&losses, scale);
-        (cpu::from_values(vec![loss], [1]), cpu::from_values(dx, [tokens, d_model]))
+        let loss = cpu::from_values(vec![loss], [1]);
+        (loss, cpu::from_values(dx, [tokens, d_model]), d_head.map(to_tensor))
+    }
+
+    fn scaled(mut gradient: FlexTensor, by: &FlexTensor) -> FlexTensor {
+        let by = cpu::values::<f32>(by)[0];
+        // Mostly the loss is the end of its graph, and this is 1.
+        if by.to_bits() != 1.0_f32.to_bits() {
+            gradient.storage_mut::<f32>().iter_mut().for_each(|value| *value *= by);
+        }
+        gradient
     }
 }
 
@@ -308,6 +350,7 @@ fn scaled_sum(losses: &[f32], scale: f32) -> f32 {
 impl<B: LinearCrossEntropyKernels, C: CheckpointStrategy> LinearCrossEntropy for Autodiff<B, C> {
     fn linear_cross_entropy(
         x: FloatTensor<Self>,
+        trained: FloatTensor<Self>,
         head: FrozenWeight,
         targets: Arc<[u32]>,
         scale: f32,
@@ -315,13 +358,16 @@ impl<B: LinearCrossEntropyKernels, C: CheckpointStrategy> LinearCrossEntropy for
         arithmetic: Arithmetic,
     ) -> FloatTensor<Self> {
         let (x, node) = x.into_parts();
-        match LinearCrossEntropyBackward.prepare::<C>([node]).compute_bound().stateful() {
+        let (trained, head_node) = trained.into_parts();
+        match LinearCrossEntropyBackward.prepare::<C>([node, head_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let (loss, dx) = B::loss_and_gradient(x, &head, &targets, scale, chunk, arithmetic);
-                prep.finish(dx, loss)
+                let wants_head = trained.shape().num_elements() > 0;
+                let (loss, dx, d_head) =
+                    B::loss_and_gradients(x, &head, &targets, scale, chunk, arithmetic, wants_head);
+                prep.finish((dx, d_head), loss)
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::linear_cross_entropy(x, head, targets, scale, chunk, arithmetic))
+                prep.finish(B::linear_cross_entropy(x, trained, head, targets, scale, chunk, arithmetic))
             }
         }
     }
@@ -339,21 +385,24 @@ impl<B: LinearCrossEntropyKernels, C: CheckpointStrategy> LinearCrossEntropy for
 #[derive(Debug)]
 struct LinearCrossEntropyBackward;
 
-impl<B: LinearCrossEntropyKernels> Backward<B, 1> for LinearCrossEntropyBackward {
-    type State = FloatTensor<B>;
+impl<B: LinearCrossEntropyKernels> Backward<B, 2> for LinearCrossEntropyBackward {
+    type State = (FloatTensor<B>, Option<FloatTensor<B>>);
 
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let d_loss = grads.consume::<B>(&ops.node);
-        let [x_node] = ops.parents;
-        if let Some(node) = x_node {
-            let d_loss = B::float_reshape(d_loss, Shape::new([1, 1]));
-            grads.register::<B>(node.id, B::float_mul(ops.state, d_loss));
+        let [x_node, head_node] = ops.parents;
+        let (dx, d_head) = ops.state;
+        for (node, gradient) in [(x_node, Some(dx)), (head_node, d_head)] {
+            if let (Some(node), Some(gradient)) = (node, gradient) {
+                grads.register::<B>(node.id, B::scaled(gradient, &d_loss));
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
     use tune_quant::{BlockType, StoredMatrix};
 
     use super::*;
@@ -364,12 +413,33 @@ mod tests {
         (0..tokens).map(|t| (t * 37 % vocab) as u32).collect()
     }
 
+    /// [`reference`] for a head that is a tensor.
+    fn reference_of_trained(x: Tensor<2>, head: Tensor<2>, targets: &[u32]) -> Tensor<1> {
+        of_logits(x.matmul(head.transpose()), targets)
+    }
+
     fn assert_equals_the_reference(tokens: usize, head: &FrozenWeight, chunk: usize) {
         let targets = targets(tokens, head.rows());
         assert_gradients(
             &[random(1, [tokens, head.cols()])],
-            |x| linear_cross_entropy(x[0].clone(), head, targets.clone(), 0.3, chunk, F32).reshape([1, 1]),
+            |x| {
+                let head = head.clone().into();
+                linear_cross_entropy(x[0].clone(), &head, targets.clone(), 0.3, chunk, F32).reshape([1, 1])
+            },
             |x| reference(x[0].clone(), head, &targets).sum().mul_scalar(0.3).reshape([1, 1]),
+        );
+        assert_gradients(
+            &[random(1, [tokens, head.cols()]), head.decode(&Device::flex())],
+            |x| {
+                let head = Weight::Trained(x[1].clone());
+                linear_cross_entropy(x[0].clone(), &head, targets.clone(), 0.3, chunk, F32).reshape([1, 1])
+            },
+            |x| {
+                reference_of_trained(x[0].clone(), x[1].clone(), &targets)
+                    .sum()
+                    .mul_scalar(0.3)
+                    .reshape([1, 1])
+            },
         );
         let x = random(1, [tokens, head.cols()]) * 3.0;
         let want = values(reference(x.clone(), head, &targets));
@@ -408,15 +478,22 @@ mod tests {
             let targets = targets(tokens, vocab);
             let run = |arithmetic| {
                 let tracked = x.clone().autodiff().require_grad();
+                let weight = Weight::Trained(head.decode(&x.device())).tracked();
                 let loss =
-                    linear_cross_entropy(tracked.clone(), &head, targets.clone(), 0.3, chunk, arithmetic);
-                let gradient = tracked.grad(&loss.backward()).expect("gradient of x");
+                    linear_cross_entropy(tracked.clone(), &weight, targets.clone(), 0.3, chunk, arithmetic)
+                        * 2.0;
+                let tape = loss.backward();
+                let gradient = tracked.grad(&tape).expect("gradient of x");
+                let d_head =
+                    weight.trained().and_then(|head| head.grad(&tape)).expect("gradient of the head");
                 let losses = token_losses(x.clone(), &head, &targets, arithmetic);
-                let total = losses.iter().sum::<f32>() * 0.3;
+                let total = losses.iter().sum::<f32>() * 0.6;
                 assert!((values(loss.inner())[0] - total).abs() < 1e-3 * total);
-                (losses, values(gradient))
+                (losses, values(gradient), values(d_head))
             };
-            let ((losses, gradient), (want_losses, want_gradient)) = (run(Arithmetic::Bf16), run(F32));
+            let (losses, gradient, d_head) = run(Arithmetic::Bf16);
+            let (want_losses, want_gradient, want_d_head) = run(F32);
+            assert_close("gradient of the head", &d_head, &want_d_head, 2e-2);
             assert_close("losses", &losses, &want_losses, 1e-2);
             assert_close("gradient", &gradient, &want_gradient, 2e-2);
         }
@@ -425,10 +502,11 @@ mod tests {
     #[test]
     fn no_tokens_give_no_loss() {
         let head = frozen(BlockType::F32, [5, 4]);
+        let weight = head.clone().into();
         let x = random(1, [0, 4]);
-        assert_eq!(values(linear_cross_entropy(x.clone(), &head, [].into(), 1.0, 8, F32)), [0.0]);
+        assert_eq!(values(linear_cross_entropy(x.clone(), &weight, [].into(), 1.0, 8, F32)), [0.0]);
         let tracked = x.clone().autodiff().require_grad();
-        assert_eq!(values(linear_cross_entropy(tracked, &head, [].into(), 1.0, 8, F32).inner()), [0.0]);
+        assert_eq!(values(linear_cross_entropy(tracked, &weight, [].into(), 1.0, 8, F32).inner()), [0.0]);
         assert!(token_losses(x, &head, &[], F32).is_empty());
     }
 

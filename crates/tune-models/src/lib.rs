@@ -8,11 +8,13 @@ mod error;
 mod layers;
 mod layout;
 mod llama;
+mod trained_weights;
 
 pub use error::ModelError;
 pub use layers::{Context, KvCache, Linear, RmsNorm};
 pub use layout::Layout;
-pub use llama::{AdapterSlot, Block, Llama};
+pub use llama::{AdapterSlot, Block, Llama, Output, Parameter};
+pub use trained_weights::TrainedWeights;
 
 use burn::tensor::Device;
 use tune_formats::{Architecture, BaseModel};

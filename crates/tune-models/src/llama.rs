@@ -6,30 +6,33 @@
 //! ```
 //!
 //! Touvron et al. 2023, arXiv 2307.09288; grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
-//! Weights `[d_out, d_in]` under their Hugging Face names, frozen and as stored.
+//! Weights `[d_out, d_in]` under their Hugging Face names: frozen and as stored, or trained, all of them.
+
+use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use tune_adapters::{Lora, LoraConfig, Targets};
 use tune_formats::{ModelConfig, Weights};
 use tune_kernels::bf16::{Input, project, self_attention};
 use tune_kernels::{
-    Arithmetic, FrozenWeight, RotaryTable, causal_attention, embedding, frozen_linear, rope, swiglu,
+    Arithmetic, FrozenVector, FrozenWeight, RotaryTable, Vector, Weight, causal_attention, embedding,
+    frozen_linear, rope, swiglu,
 };
 use tune_quant::StoredMatrix;
 
 use crate::layers::rotary_frequencies;
-use crate::{Context, KvCache, Layout, Linear, ModelError, Quantization, RmsNorm};
+use crate::{Context, KvCache, Layout, Linear, ModelError, Quantization, RmsNorm, TrainedWeights};
 
-/// A Llama with frozen weights and optional adapters.
+/// A Llama with frozen weights and optional adapters, or with trained weights.
 #[derive(Clone)]
 pub struct Llama {
     config: ModelConfig,
     device: Device,
-    embed_tokens: FrozenWeight, // [vocab, d_model]
+    embed_tokens: Weight, // [vocab, d_model]
     blocks: Vec<Block>,
     norm: RmsNorm,
-    lm_head: FrozenWeight, // [vocab, d_model]; the embedding when tied
-    frequencies: Vec<f32>, // [head_dim / 2]
+    lm_head: Option<Weight>, // [vocab, d_model]; none when it is the embedding
+    frequencies: Vec<f32>,   // [head_dim / 2]
     arithmetic: Arithmetic,
 }
 
@@ -58,6 +61,25 @@ struct Mlp {
     down_proj: Linear,
 }
 
+/// What follows the blocks.
+#[derive(Clone)]
+pub struct Output {
+    /// The final norm.
+    pub norm: RmsNorm,
+    /// The output head `[vocab, d_model]`.
+    pub head: Weight,
+}
+
+/// A trained parameter.
+pub struct Parameter<'a> {
+    /// Its name in a safetensors file: Hugging Face's for a weight, PEFT's without prefix for a part of an adapter.
+    pub name: String,
+    /// A vector is one row.
+    pub tensor: &'a mut Tensor<2>,
+    /// A bias or the gain of a norm.
+    pub is_vector: bool,
+}
+
 /// A linear layer that carries an adapter, under its Hugging Face module path.
 pub struct AdapterSlot<'a> {
     /// E.g. `model.layers.0.self_attn.q_proj`.
@@ -81,9 +103,9 @@ impl Llama {
             (0..config.num_hidden_layers).map(|layer| loader.block(layer)).collect::<Result<_, _>>()?;
         let norm = loader.norm("model.norm.weight")?;
         let lm_head = if config.tie_word_embeddings {
-            embed_tokens.clone()
+            None
         } else {
-            loader.matrix("lm_head.weight", vocab, d_model)?
+            Some(loader.matrix("lm_head.weight", vocab, d_model)?)
         };
         if !loader.mismatches.is_empty() {
             return Err(ModelError::Shapes { mismatches: loader.mismatches });
@@ -94,7 +116,7 @@ impl Llama {
             embed_tokens: embed_tokens.into(),
             blocks,
             norm,
-            lm_head: lm_head.into(),
+            lm_head: lm_head.map(Weight::from),
             frequencies: rotary_frequencies(config),
             arithmetic: Arithmetic::F32,
         })
@@ -160,6 +182,47 @@ impl Llama {
         if mismatches.is_empty() { Ok(()) } else { Err(ModelError::Adapter { mismatches }) }
     }
 
+    /// Makes every weight a trained tensor, decoded from what it is stored as.
+    pub fn unfreeze(&mut self) {
+        let device = &self.device;
+        self.embed_tokens = self.embed_tokens.unfrozen(device);
+        for block in &mut self.blocks {
+            for (_, linear) in block.linears_mut() {
+                *linear = linear.unfrozen(device);
+            }
+            block.input_norm = block.input_norm.unfrozen(device);
+            block.post_attention_norm = block.post_attention_norm.unfrozen(device);
+        }
+        self.norm = self.norm.unfrozen(device);
+        self.lm_head = self.lm_head.as_ref().map(|head| head.unfrozen(device));
+    }
+
+    /// Every trained parameter in a fixed order: embedding, blocks, final norm, head. A tied head is the embedding.
+    pub fn parameters_mut(&mut self) -> Vec<Parameter<'_>> {
+        let mut parameters = Vec::new();
+        parameters.extend(of_weight("model.embed_tokens.weight".into(), &mut self.embed_tokens));
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            parameters.extend(block.parameters_mut(layer));
+        }
+        parameters.extend(of_norm("model.norm.weight".into(), &mut self.norm));
+        parameters.extend(self.lm_head.as_mut().and_then(|head| of_weight("lm_head.weight".into(), head)));
+        parameters
+    }
+
+    /// The weights, if they are trained.
+    pub fn trained_weights(&self) -> Option<TrainedWeights> {
+        self.embed_tokens.trained()?;
+        let (mut matrices, mut vectors) = (BTreeMap::new(), BTreeMap::new());
+        for Parameter { name, tensor, is_vector } in self.clone().parameters_mut() {
+            if is_vector {
+                vectors.insert(name, FrozenVector::from(tensor.to_data().iter::<f32>().collect::<Vec<_>>()));
+            } else {
+                matrices.insert(name, Weight::Trained(tensor.clone()).stored());
+            }
+        }
+        Some(TrainedWeights::new(matrices, vectors))
+    }
+
     /// The same model without its adapters: the base.
     pub fn without_adapters(&self) -> Self {
         let mut base = self.clone();
@@ -198,9 +261,25 @@ impl Llama {
         &self.blocks
     }
 
-    /// The output head `[vocab, d_model]`.
-    pub fn head(&self) -> &FrozenWeight {
-        &self.lm_head
+    /// The token embedding `[vocab, d_model]`.
+    pub fn embedding(&self) -> &Weight {
+        &self.embed_tokens
+    }
+
+    /// The output head `[vocab, d_model]` as it stands.
+    pub fn head(&self) -> FrozenWeight {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens).stored()
+    }
+
+    /// Whether the head is the embedding.
+    pub fn is_tied(&self) -> bool {
+        self.lm_head.is_none()
+    }
+
+    /// What follows the blocks.
+    pub fn output(&self) -> Output {
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        Output { norm: self.norm.clone(), head: head.clone() }
     }
 
     /// What the blocks need besides their input.
@@ -211,7 +290,7 @@ impl Llama {
 
     /// The input of the first block, `[tokens, d_model]`.
     pub fn embed(&self, ids: &[u32]) -> Tensor<2> {
-        embedding(&self.embed_tokens, ids, &self.device)
+        embedding(&self.embed_tokens.stored(), ids, &self.device)
     }
 
     /// The final norm, in front of the head.
@@ -245,7 +324,19 @@ impl Llama {
     /// Logits `[tokens, vocab]` of hidden states behind the final norm. For a few tokens only: training and
     /// evaluation never hold them for a whole micro-batch.
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        frozen_linear(hidden, &self.lm_head)
+        frozen_linear(hidden, &self.head())
+    }
+}
+
+impl Output {
+    /// The same with what is trained of it as leaves of a fresh autodiff graph.
+    pub fn tracked(&self) -> Self {
+        Self { norm: self.norm.tracked(), head: self.head.tracked() }
+    }
+
+    /// What is trained of it: the gain of the norm, then the head.
+    pub fn trained(&self) -> Vec<&Tensor<2>> {
+        self.norm.gain.trained().into_iter().chain(self.head.trained()).collect()
     }
 }
 
@@ -277,18 +368,41 @@ impl Block {
         project(Input::SwiGlu(gate_up), &[m.down_proj.layer()], Some(h))
     }
 
-    /// The same block with its adapters as leaves of a fresh autodiff graph.
+    /// The same block with what is trained of it as leaves of a fresh autodiff graph.
     pub fn tracked(&self) -> Self {
         let mut block = self.clone();
         for (_, linear) in block.linears_mut() {
             *linear = linear.tracked();
         }
+        block.input_norm = block.input_norm.tracked();
+        block.post_attention_norm = block.post_attention_norm.tracked();
         block
     }
 
     /// Whether any linear of this block is trained.
-    pub fn is_adapted(&self) -> bool {
-        self.linears().iter().any(|(_, linear)| linear.adapter.is_some())
+    pub fn is_trained(&self) -> bool {
+        self.linears().iter().any(|(_, linear)| linear.is_trained())
+    }
+
+    /// Every trained parameter of this block, which is number `layer`, in the order of the forward pass.
+    pub fn parameters_mut(&mut self, layer: usize) -> Vec<Parameter<'_>> {
+        let Self { input_norm, attention: a, post_attention_norm, mlp: m } = self;
+        let norm = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let linear = |(name, linear)| of_linear(&ModelConfig::linear_path(layer, name), linear);
+        let attention = [
+            ("q_proj", &mut a.q_proj),
+            ("k_proj", &mut a.k_proj),
+            ("v_proj", &mut a.v_proj),
+            ("o_proj", &mut a.o_proj),
+        ];
+        let mlp =
+            [("gate_proj", &mut m.gate_proj), ("up_proj", &mut m.up_proj), ("down_proj", &mut m.down_proj)];
+        let mut parameters = Vec::new();
+        parameters.extend(of_norm(norm("input_layernorm"), input_norm));
+        parameters.extend(attention.into_iter().flat_map(linear));
+        parameters.extend(of_norm(norm("post_attention_layernorm"), post_attention_norm));
+        parameters.extend(mlp.into_iter().flat_map(linear));
+        parameters
     }
 
     fn has_dropout(&self) -> bool {
@@ -367,6 +481,31 @@ impl Mlp {
         let up = self.up_proj.forward(x, context.dropout);
         self.down_proj.forward(swiglu(gate, up), context.dropout)
     }
+}
+
+fn of_linear<'a>(path: &str, linear: &'a mut Linear) -> Vec<Parameter<'a>> {
+    let mut parameters: Vec<_> =
+        of_weight(format!("{path}.weight"), &mut linear.weight).into_iter().collect();
+    let bias = linear.bias.as_mut().and_then(|bias| of_vector(format!("{path}.bias"), bias));
+    parameters.extend(bias);
+    if let Some(adapter) = &mut linear.adapter {
+        let part =
+            |part, tensor| Parameter { name: format!("{path}.{part}.weight"), tensor, is_vector: false };
+        parameters.extend([part("lora_A", &mut adapter.a), part("lora_B", &mut adapter.b)]);
+    }
+    parameters
+}
+
+fn of_norm(name: String, norm: &mut RmsNorm) -> Option<Parameter<'_>> {
+    of_vector(name, &mut norm.gain)
+}
+
+fn of_weight(name: String, weight: &mut Weight) -> Option<Parameter<'_>> {
+    weight.trained_mut().map(|tensor| Parameter { name, tensor, is_vector: false })
+}
+
+fn of_vector(name: String, vector: &mut Vector) -> Option<Parameter<'_>> {
+    vector.trained_mut().map(|tensor| Parameter { name, tensor, is_vector: true })
 }
 
 /// Reads the weights and collects every shape that does not fit, to report them together.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! static = base weights + adapters + optimizer state + process
-//! loss   = static + gradients so far + block inputs + loss
+//! loss   = static + gradients so far + block inputs + loss, with the gradient of a trained head
 //! block  = static + gradients + block inputs, activations of kept blocks + one block's activations and gradients
 //! step   = static + gradients, since AdamW changes parameters and moments in place
 //! peak   = max(loss, block, step)
@@ -188,7 +188,8 @@ pub fn estimate(input: &PlanInput) -> MemoryPlan {
     let parameters = input.shape.parameters();
     let estimate = Counted::new(input, &FLEX).estimate();
     // Pages that were only read once give way under pressure: they count for what is seen, not for what fits.
-    let needed = estimate.upper_bytes - input.weights.passing.min(estimate.upper_bytes);
+    let passing = if input.method == Method::Full { input.weights.held } else { input.weights.passing };
+    let needed = estimate.upper_bytes - passing.min(estimate.upper_bytes);
     MemoryPlan {
         model: input.model.clone(),
         parameters,
@@ -299,6 +300,11 @@ impl<'a> Counted<'a> {
         let vocab = input.shape.vocab_size;
         if input.method == Method::Full {
             self.push("weights", product(&[F32, n]), format!("4 bytes × {n}"));
+            self.push(
+                "pages read once",
+                input.weights.held,
+                "the base, until its weights are decoded".into(),
+            );
         } else {
             let w = input.weights;
             self.push("base weights", w.held, format!("as held, {:.2} bits a weight", w.bits_per_weight()));
@@ -308,9 +314,13 @@ impl<'a> Counted<'a> {
             }
         }
         self.push("optimizer state", product(&[2 * F32, n]), format!("AdamW: 2 × 4 bytes × {n}"));
-        self.push("gradients", product(&[F32, n]), format!("4 bytes × {n}"));
         if input.gradient_accumulation_steps > 1 {
+            // A block's gradients are added to the sum before those of the next one are made.
+            let of_block = self.trained_of_a_block();
             self.push("gradient sum", product(&[F32, n]), format!("accumulation: 4 bytes × {n}"));
+            self.push("gradients", product(&[F32, of_block]), format!("1 block: 4 bytes × {of_block}"));
+        } else {
+            self.push("gradients", product(&[F32, n]), format!("4 bytes × {n}"));
         }
         let process = c.process_bytes.saturating_add(product(&[c.bytes_per_vocabulary_entry, vocab]));
         self.push("process", process, format!("program, tokenizer of {vocab} entries"));
@@ -344,6 +354,8 @@ impl<'a> Counted<'a> {
             Dtype::F32 => F32 * (2 * d + 2 * f),
             Dtype::Bf16 => F32 * 3 * d + BF16 * 4 * f,
         };
+        // The transposed gradient of a projection's output.
+        let passing = passing + if input.method == Method::Full { BF16 * 2 * f } else { 0 };
         let bytes = product(&[tokens, passing]);
         self.push("block gradients", bytes, format!("{tokens} tokens × {passing} bytes"));
 
@@ -354,9 +366,27 @@ impl<'a> Counted<'a> {
         let logits = product(&[chunk, vocab, per_logit]) / 8;
         let bytes = per_logit as f64 / 8.0;
         self.push("logits", logits, format!("{chunk} positions × {vocab} × {bytes} bytes"));
+        if input.method == Method::Full {
+            let bytes = product(&[vocab, d, F32]);
+            self.push("gradient of the head", bytes, format!("{vocab} × {d} × 4 bytes"));
+            if input.dtype == Dtype::Bf16 {
+                let bytes = product(&[chunk, vocab, BF16]);
+                self.push("transposed logits", bytes, format!("{chunk} positions × {vocab} × 2 bytes"));
+            }
+        }
         // Output of the blocks, its trained rows, those normalised, and the gradients of the three.
         let bytes = product(&[6, tokens, d, F32]);
         self.push("hidden states of the loss", bytes, format!("6 × {tokens} tokens × {d} × 4 bytes"));
+    }
+
+    /// Parameters of a block that are trained.
+    fn trained_of_a_block(&self) -> u64 {
+        let s = &self.input.shape;
+        let outside = match self.input.method {
+            Method::Full => s.embedding_parameters(),
+            Method::Lora | Method::Qlora => 0,
+        };
+        self.trained.saturating_sub(outside) / s.num_hidden_layers.max(1)
     }
 
     fn push(&mut self, name: &'static str, bytes: u64, formula: String) {
@@ -364,7 +394,8 @@ impl<'a> Counted<'a> {
     }
 
     fn estimate(self) -> Estimate {
-        const LOSS: [&str; 2] = ["logits", "hidden states of the loss"];
+        const LOSS: [&str; 4] =
+            ["logits", "transposed logits", "gradient of the head", "hidden states of the loss"];
         const BLOCK: [&str; 3] = ["gradients", "block activations", "block gradients"];
         const BACKWARD: [&str; 2] = ["block inputs", "activations"];
         const STEP: [&str; 1] = ["gradients"];

@@ -80,16 +80,9 @@ fn agree(
     if differences.is_empty() { Ok(()) } else { Err(TrainError::InitialAdapter { differences }) }
 }
 
-/// Every trained parameter under its name in a PEFT file, in the order of the gradients.
+/// Every trained parameter under its name in a safetensors file, in the order of the gradients.
 pub fn parameters(model: &mut Llama) -> Vec<(String, &mut Tensor<2>)> {
-    model
-        .adapters_mut()
-        .into_iter()
-        .flat_map(|slot| {
-            let name = |part| format!("{}.{part}.weight", slot.path);
-            [(name("lora_A"), &mut slot.adapter.a), (name("lora_B"), &mut slot.adapter.b)]
-        })
-        .collect()
+    model.parameters_mut().into_iter().map(|parameter| (parameter.name, parameter.tensor)).collect()
 }
 
 /// The adapters as a PEFT folder holds them.

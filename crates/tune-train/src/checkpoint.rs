@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! checkpoints/step-000100/
-//!   adapter_config.json, adapter_model.safetensors   the adapter, a PEFT folder of its own
+//!   adapter_config.json, adapter_model.safetensors   the adapter, a PEFT folder of its own;
+//!   weights.safetensors                              or all weights, f32, where they are trained
 //!   optimizer.safetensors                            both moments of every parameter, f32
 //!   state.json                                       where the run stands and with which settings
 //! ```
@@ -15,9 +16,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use tune_formats::peft::{self, Adapter};
+use tune_formats::safetensors::{SafetensorsFiles, SafetensorsWriter, TensorSpec};
+use tune_kernels::Weight;
+use tune_quant::BlockType;
 
 use crate::TrainError;
 use crate::error::io;
@@ -26,6 +29,7 @@ use crate::run_folder::{RunFolder, set_aside, write_atomically};
 
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const WEIGHTS: &str = "weights.safetensors";
 
 /// Where a run stands between two optimizer steps. All randomness of a run is derived from its seed and the
 /// step, so the step number is the whole state of every generator.
@@ -43,12 +47,20 @@ pub struct State {
     pub settings: BTreeMap<String, String>,
 }
 
+/// What a run trains.
+pub enum Trained {
+    /// An adapter over a frozen base.
+    Adapter(Adapter),
+    /// All weights by name, a vector as one row. The tensors of a model are shared, not copied.
+    Weights(BTreeMap<String, Tensor<2>>),
+}
+
 /// A checkpoint read back.
 pub struct Checkpoint {
     /// Where the run stood.
     pub state: State,
-    /// The adapter then.
-    pub adapter: Adapter,
+    /// What was trained, as it was then.
+    pub trained: Trained,
     /// Moments by parameter name, as given to [`save`].
     pub moments: BTreeMap<String, Moments>,
 }
@@ -57,7 +69,7 @@ pub struct Checkpoint {
 pub fn save(
     folder: &RunFolder,
     state: &State,
-    adapter: &Adapter,
+    trained: &Trained,
     moments: &[(String, &Moments)],
     keep: usize,
 ) -> Result<PathBuf, TrainError> {
@@ -69,8 +81,14 @@ pub fn save(
         fs::remove_dir_all(&temporary).map_err(io("remove", &temporary))?;
     }
     fs::create_dir_all(&temporary).map_err(io("create", &temporary))?;
-    peft::write(&temporary, adapter)?;
-    write_moments(&temporary.join(OPTIMIZER), moments)?;
+    match trained {
+        Trained::Adapter(adapter) => peft::write(&temporary, adapter)?,
+        Trained::Weights(weights) => write_tensors(&temporary.join(WEIGHTS), weights)?,
+    }
+    let moments = moments.iter().flat_map(|(name, pair)| {
+        [(format!("{name}.m"), pair.m.clone()), (format!("{name}.v"), pair.v.clone())]
+    });
+    write_tensors(&temporary.join(OPTIMIZER), &moments.collect())?;
     let json = serde_json::to_vec_pretty(state).unwrap_or_default();
     write_atomically(&temporary.join(STATE), &json)?;
     sync_folder(&temporary)?;
@@ -105,24 +123,42 @@ pub fn load(path: &Path, device: &Device) -> Result<Checkpoint, TrainError> {
     let state_path = path.join(STATE);
     let json = fs::read(&state_path).map_err(io("read", &state_path))?;
     let state = serde_json::from_slice(&json).map_err(|e| unusable(format!("{STATE}: {e}")))?;
-    let optimizer_path = path.join(OPTIMIZER);
-    let bytes = fs::read(&optimizer_path).map_err(io("read", &optimizer_path))?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| unusable(format!("{OPTIMIZER}: {e}")))?;
-    let read = |name: &str| -> Result<Tensor<2>, TrainError> {
-        let view = tensors.tensor(name).map_err(|e| unusable(format!("{OPTIMIZER}: {name}: {e}")))?;
-        let (&[rows, cols], Dtype::F32) = (view.shape(), view.dtype()) else {
-            return Err(unusable(format!("{OPTIMIZER}: {name}: expected a matrix of F32")));
+    let mut tensors = read_tensors(path, OPTIMIZER, device)?;
+    let mut moments = BTreeMap::new();
+    let names: Vec<String> =
+        tensors.keys().filter_map(|name| name.strip_suffix(".m")).map(String::from).collect();
+    for name in names {
+        let mut take = |part| tensors.remove(&format!("{name}.{part}"));
+        let (Some(m), Some(v)) = (take("m"), take("v")) else {
+            return Err(unusable(format!("{OPTIMIZER}: {name}.v is missing")));
+        };
+        moments.insert(name, Moments { m, v });
+    }
+    let trained = if path.join(WEIGHTS).exists() {
+        Trained::Weights(read_tensors(path, WEIGHTS, device)?)
+    } else {
+        Trained::Adapter(peft::read(path)?)
+    };
+    Ok(Checkpoint { state, trained, moments })
+}
+
+/// All tensors of one file of the checkpoint at `path`.
+fn read_tensors(path: &Path, file: &str, device: &Device) -> Result<BTreeMap<String, Tensor<2>>, TrainError> {
+    let unusable = |reason: String| TrainError::Checkpoint {
+        path: path.to_path_buf(),
+        reason: format!("{file}: {reason}"),
+    };
+    let files = SafetensorsFiles::open(&path.join(file)).map_err(|e| unusable(e.to_string()))?;
+    let read = |name: &String, shape: &[usize]| {
+        let (block_type, bytes) = files.data(name).map_err(|e| unusable(e.to_string()))?;
+        let (&[rows, cols], BlockType::F32) = (shape, block_type) else {
+            return Err(unusable(format!("{name}: expected a matrix of F32")));
         };
         let values: Vec<f32> =
-            view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        Ok(Tensor::from_data(TensorData::new(values, [rows, cols]), device))
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        Ok((name.clone(), Tensor::from_data(TensorData::new(values, [rows, cols]), device)))
     };
-    let mut moments = BTreeMap::new();
-    for name in tensors.names().iter().filter_map(|name| name.strip_suffix(".m")) {
-        let pair = Moments { m: read(&format!("{name}.m"))?, v: read(&format!("{name}.v"))? };
-        moments.insert(name.to_string(), pair);
-    }
-    Ok(Checkpoint { state, adapter: peft::read(path)?, moments })
+    files.tensors().iter().map(|(name, entry)| read(name, &entry.shape)).collect()
 }
 
 fn list(folder: &RunFolder) -> Vec<PathBuf> {
@@ -141,28 +177,22 @@ fn number(path: &Path) -> Option<usize> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
-fn write_moments(path: &Path, moments: &[(String, &Moments)]) -> Result<(), TrainError> {
-    let bytes = |tensor: &Tensor<2>| -> Vec<u8> {
-        tensor.to_data().iter::<f32>().flat_map(f32::to_le_bytes).collect()
+/// Writes the tensors from where they lie, without a copy.
+fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor<2>>) -> Result<(), TrainError> {
+    let spec = |(name, tensor): (&String, &Tensor<2>)| TensorSpec {
+        name: name.clone(),
+        shape: tensor.dims().to_vec(),
+        block_type: BlockType::F32,
     };
-    let buffers: Vec<(String, [usize; 2], Vec<u8>)> = moments
-        .iter()
-        .flat_map(|(name, pair)| {
-            [(format!("{name}.m"), &pair.m), (format!("{name}.v"), &pair.v)]
-                .map(|(name, tensor)| (name, tensor.dims(), bytes(tensor)))
-        })
-        .collect();
-    let unusable = |e: safetensors::SafeTensorError| TrainError::Checkpoint {
-        path: path.to_path_buf(),
-        reason: e.to_string(),
-    };
-    let views = buffers
-        .iter()
-        .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), data)?)))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(unusable)?;
-    let serialized = safetensors::serialize(views, None).map_err(unusable)?;
-    write_atomically(path, &serialized)
+    let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
+    let mut writer = SafetensorsWriter::create(path, &BTreeMap::new(), &specs)?;
+    for (name, tensor) in tensors {
+        let stored = Weight::Trained(tensor.clone()).stored();
+        for (_, row) in (0..stored.rows()).filter_map(|row| stored.matrix().row_blocks(row)) {
+            writer.write(name, row)?;
+        }
+    }
+    Ok(writer.finish()?)
 }
 
 /// Makes renames inside a folder durable, where the system can.

@@ -1,4 +1,4 @@
-//! Loss and adapter gradients of one micro-batch.
+//! Loss and gradients of one micro-batch.
 //!
 //! ```text
 //! L = scale · Σ −log p(target)      over the trained positions of the micro-batch
@@ -7,20 +7,20 @@
 //! Each block has a graph of its own, and backward takes them last to first. With block checkpointing (Chen et al.
 //! 2016, arXiv 1604.06174) only the last blocks keep theirs; of the others the input is kept, and their forward
 //! pass runs again with a graph when backward comes to them. By then the graphs behind them are gone, so the peak
-//! is one block above what is kept. Blocks below the lowest adapter need neither.
+//! is one block above what is kept. Blocks below the lowest adapter need neither. The gradients of a block are added to
+//! those of earlier micro-batches as soon as they are known, so there is never a second set of all of them.
 
 use burn::tensor::{Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
-use tune_kernels::{Arithmetic, alias, linear_cross_entropy, seed_gradient};
-use tune_models::{Block, Context, Layout, Llama};
+use tune_kernels::{Arithmetic, add_embedding_gradient, alias, linear_cross_entropy, seed_gradient};
+use tune_models::{Block, Context, Layout, Llama, Output};
 
 /// Rows of the hidden states that go through the head at once in `f32`.
 const LOSS_CHUNK: usize = 128;
 
-/// Returns the loss, scaled, and the gradients of A and B of every adapter, in the order of
-/// [`Llama::adapters_mut`]. The last `kept_blocks` blocks keep their graph, the others are run twice. A micro-batch
-/// without a trained token has loss 0 and no gradients.
+/// Returns the loss, scaled, and the gradients of every trained parameter, in the order of
+/// [`Llama::parameters_mut`]; see [`GradientSum::add`].
 pub fn loss_and_gradients(
     model: &Llama,
     batch: &MicroBatch,
@@ -28,47 +28,122 @@ pub fn loss_and_gradients(
     kept_blocks: usize,
     dropout: Option<Dropout>,
 ) -> (f64, Vec<Tensor<2>>) {
-    let lowest = model.blocks().iter().position(Block::is_adapted);
-    let trained = Trained::of(batch);
-    let (Some(lowest), false) = (lowest, trained.targets.is_empty()) else {
-        return (0.0, Vec::new());
-    };
-    let context = model.context(&Layout::documents(&batch.documents), dropout);
-    let (frozen, adapted) = model.blocks().split_at(lowest);
-    let input = frozen.iter().fold(model.embed(&batch.input_ids), |x, block| block.forward(x, &context));
+    let mut sum = GradientSum::default();
+    let loss = sum.add(model, batch, scale, kept_blocks, dropout);
+    (loss, sum.into_gradients())
+}
 
-    let mut kept = Vec::with_capacity(adapted.len());
-    let first_graph = adapted.len().saturating_sub(kept_blocks);
-    let output = adapted.iter().enumerate().fold(input, |x, (i, block)| {
-        if i < first_graph {
-            kept.push(Kept::Input(x.clone()));
-            block.forward(x, &context)
-        } else {
-            let (graph, y) = Graph::of(block, x, &context, i > 0);
-            kept.push(Kept::Graph(graph));
-            y
+/// Gradients of the micro-batches of a step, added up; empty before the first one.
+#[derive(Default)]
+pub struct GradientSum {
+    /// Of the token embedding, if it is trained.
+    embedding: Vec<Tensor<2>>,
+    /// Of each block from the lowest trained one up.
+    blocks: Vec<Vec<Tensor<2>>>,
+    /// Of the final norm and of a head of its own, if they are trained.
+    output: Vec<Tensor<2>>,
+}
+
+impl GradientSum {
+    /// Adds the gradients of a micro-batch and returns its loss, scaled. The last `kept_blocks` blocks keep their
+    /// graph, the others are run twice. A micro-batch without a trained token has loss 0 and adds nothing.
+    pub fn add(
+        &mut self,
+        model: &Llama,
+        batch: &MicroBatch,
+        scale: f64,
+        kept_blocks: usize,
+        dropout: Option<Dropout>,
+    ) -> f64 {
+        let lowest = model.blocks().iter().position(Block::is_trained);
+        let trained = Trained::of(batch);
+        let (Some(lowest), false) = (lowest, trained.targets.is_empty()) else { return 0.0 };
+        let trains_embedding = model.embedding().trained().is_some();
+        let context = model.context(&Layout::documents(&batch.documents), dropout);
+        let (below, blocks) = model.blocks().split_at(lowest);
+        let input = below.iter().fold(model.embed(&batch.input_ids), |x, block| block.forward(x, &context));
+        let wants_dx = |i: usize| i > 0 || trains_embedding;
+
+        let mut kept = Vec::with_capacity(blocks.len());
+        let first_graph = blocks.len().saturating_sub(kept_blocks);
+        let hidden = blocks.iter().enumerate().fold(input, |x, (i, block)| {
+            if i < first_graph {
+                kept.push(Kept::Input(x.clone()));
+                block.forward(x, &context)
+            } else {
+                let (graph, y) = Graph::of(block, x, &context, wants_dx(i));
+                kept.push(Kept::Graph(graph));
+                y
+            }
+        });
+
+        let (loss, mut upstream) = self.add_output(model, hidden, trained, scale);
+        self.blocks.resize_with(blocks.len(), Vec::new);
+        for (i, (block, kept)) in blocks.iter().zip(kept).enumerate().rev() {
+            let Some(dy) = upstream.take() else { break };
+            let Graph { mut block, input, output } = match kept {
+                Kept::Graph(graph) => graph,
+                Kept::Input(x) => Graph::of(block, x, &context, wants_dx(i)).0,
+            };
+            let mut tape = seed_gradient(output, dy).backward();
+            upstream = input.grad_remove(&mut tape);
+            let parameters = block.parameters_mut(lowest + i);
+            let gradients = parameters.into_iter().map(|parameter| gradient(parameter.tensor, &mut tape));
+            add(&mut self.blocks[i], gradients.collect());
         }
-    });
-
-    let hidden = output.autodiff().require_grad();
-    let loss = trained.loss(model, hidden.clone(), scale);
-    let value = f64::from(loss.clone().into_scalar::<f32>());
-    let mut upstream = hidden.grad_remove(&mut loss.backward());
-    drop((hidden, loss));
-
-    let mut gradients = Vec::with_capacity(adapted.len());
-    for (i, (block, kept)) in adapted.iter().zip(kept).enumerate().rev() {
-        let Some(dy) = upstream.take() else { break };
-        let Graph { block, input, output } = match kept {
-            Kept::Graph(graph) => graph,
-            Kept::Input(x) => Graph::of(block, x, &context, i > 0).0,
-        };
-        let mut tape = seed_gradient(output, dy).backward();
-        upstream = input.grad_remove(&mut tape);
-        gradients.push(adapter_gradients(&block, &mut tape));
+        if let Some(dx) = upstream.filter(|_| trains_embedding) {
+            let zero = || Tensor::zeros([model.embedding().rows(), model.embedding().cols()], model.device());
+            let sum = self.embedding.pop().unwrap_or_else(zero);
+            self.embedding.push(add_embedding_gradient(sum, &batch.input_ids, dx));
+        }
+        loss
     }
-    gradients.reverse();
-    (value, gradients.concat())
+
+    /// The sums in the order of [`Llama::parameters_mut`].
+    pub fn into_gradients(self) -> Vec<Tensor<2>> {
+        [self.embedding, self.blocks.concat(), self.output].concat()
+    }
+
+    /// The loss over `hidden`, the output of the last block, and the gradient of that.
+    fn add_output(
+        &mut self,
+        model: &Llama,
+        hidden: Tensor<2>,
+        trained: Trained,
+        scale: f64,
+    ) -> (f64, Option<Tensor<2>>) {
+        let hidden = hidden.autodiff().require_grad();
+        let output = model.output().tracked();
+        let loss = trained.loss(&output, hidden.clone(), scale, model.arithmetic());
+        let value = f64::from(loss.clone().into_scalar::<f32>());
+        let mut tape = loss.backward();
+        let mut gradients: Vec<_> =
+            output.trained().into_iter().map(|parameter| gradient(parameter, &mut tape)).collect();
+        if model.is_tied() && output.head.trained().is_some() {
+            let of_head = gradients.pop();
+            add(&mut self.embedding, of_head.into_iter().collect());
+        }
+        add(&mut self.output, gradients);
+        (value, hidden.grad_remove(&mut tape))
+    }
+}
+
+/// Takes the gradient of a tracked parameter.
+fn gradient(parameter: &Tensor<2>, tape: &mut Gradients) -> Tensor<2> {
+    let zero = || Tensor::zeros(parameter.dims(), &parameter.device().inner());
+    parameter.grad_remove(tape).unwrap_or_else(zero)
+}
+
+/// Adds in place.
+fn add(sums: &mut Vec<Tensor<2>>, gradients: Vec<Tensor<2>>) {
+    if sums.is_empty() {
+        *sums = gradients;
+        return;
+    }
+    for (sum, gradient) in sums.iter_mut().zip(gradients) {
+        let placeholder = Tensor::empty([0, 0], &sum.device());
+        *sum = std::mem::replace(sum, placeholder) + gradient;
+    }
 }
 
 /// What is kept of a block's forward pass: its input, to run it again, or its graph.
@@ -86,7 +161,8 @@ struct Graph {
 }
 
 impl Graph {
-    /// The graph of `block` at `x`, and y. The lowest block needs no gradient of its input.
+    /// The graph of `block` at `x`, and y. The lowest block needs no gradient of its input, unless the embedding is
+    /// trained.
     fn of(block: &Block, x: Tensor<2>, context: &Context, wants_dx: bool) -> (Self, Tensor<2>) {
         let nothing = Tensor::empty([0, 0], &x.device());
         let block = block.tracked();
@@ -96,17 +172,6 @@ impl Graph {
         let output = alias(y.clone(), nothing);
         (Self { block, input, output }, y.inner())
     }
-}
-
-fn adapter_gradients(block: &Block, tape: &mut Gradients) -> Vec<Tensor<2>> {
-    let mut gradients = Vec::new();
-    for (_, linear) in block.linears() {
-        for parameter in linear.adapter.iter().flat_map(|adapter| [&adapter.a, &adapter.b]) {
-            let zero = || Tensor::zeros(parameter.dims(), &parameter.device().inner());
-            gradients.push(parameter.grad_remove(tape).unwrap_or_else(zero));
-        }
-    }
-    gradients
 }
 
 /// The positions that are trained, and what each should predict.
@@ -123,14 +188,14 @@ impl Trained {
     }
 
     /// Only trained positions pass the final norm and the head.
-    fn loss(self, model: &Llama, hidden: Tensor<2>, scale: f64) -> Tensor<1> {
+    fn loss(self, output: &Output, hidden: Tensor<2>, scale: f64, arithmetic: Arithmetic) -> Tensor<1> {
         let positions = Tensor::<1, Int>::from_data(self.positions.as_slice(), &hidden.device());
-        let trained = model.final_norm(hidden.select(0, positions)); // [trained, d_model]
-        let chunk = match model.arithmetic() {
+        let trained = output.norm.forward(hidden.select(0, positions)); // [trained, d_model]
+        let chunk = match arithmetic {
             Arithmetic::F32 => LOSS_CHUNK,
             Arithmetic::Bf16 => 2 * LOSS_CHUNK, // the same bytes
         };
         let (scale, targets) = (scale as f32, self.targets.into());
-        linear_cross_entropy(trained, model.head(), targets, scale, chunk, model.arithmetic())
+        linear_cross_entropy(trained, &output.head, targets, scale, chunk, arithmetic)
     }
 }

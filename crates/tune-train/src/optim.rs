@@ -1,7 +1,8 @@
 //! AdamW with torch's arithmetic and defaults, and clipping by the global norm.
 //!
-//! The arithmetic is [`tune_kernels::adamw`]'s. burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its state by module; ours is a list in the
-//! order of [`tune_models::Llama::adapters_mut`], which a checkpoint can store by name.
+//! The arithmetic is [`tune_kernels::adamw`]'s. burn's own AdamW has other defaults (ε 1e-5, λ 1e-4) and keys its
+//! state by module; ours is a list in the order of [`tune_models::Llama::parameters_mut`], which a checkpoint can store
+//! by name.
 
 use burn::tensor::Tensor;
 use tune_kernels::{AdamWFactors, adamw, sum_of_squares};
@@ -30,6 +31,8 @@ pub struct AdamW {
     config: AdamWConfig,
     steps: u64,
     moments: Vec<Moments>,
+    /// Parameters without weight decay; those beyond the end have it.
+    exempt: Vec<bool>,
 }
 
 /// Moments of one parameter, in its shape.
@@ -45,12 +48,18 @@ impl AdamW {
     /// Zero moments for `parameters`.
     pub fn new<'a>(config: AdamWConfig, parameters: impl IntoIterator<Item = &'a Tensor<2>>) -> Self {
         let zeros = |p: &Tensor<2>| Moments { m: p.zeros_like(), v: p.zeros_like() };
-        Self { config, steps: 0, moments: parameters.into_iter().map(zeros).collect() }
+        Self { config, steps: 0, moments: parameters.into_iter().map(zeros).collect(), exempt: Vec::new() }
     }
 
     /// State of a run that has taken `steps` steps.
     pub fn resume(config: AdamWConfig, steps: u64, moments: Vec<Moments>) -> Self {
-        Self { config, steps, moments }
+        Self { config, steps, moments, exempt: Vec::new() }
+    }
+
+    /// The same without weight decay of the parameters marked `true`.
+    #[must_use]
+    pub fn without_decay_of(self, exempt: Vec<bool>) -> Self {
+        Self { exempt, ..self }
     }
 
     /// Moments in the order of the parameters.
@@ -76,7 +85,10 @@ impl AdamW {
             second_correction: correction2.sqrt() as f32,
             epsilon: epsilon as f32,
         };
-        for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients).zip(&mut self.moments) {
+        let decays = self.exempt.iter().map(|exempt| !exempt).chain(std::iter::repeat(true));
+        let state = self.moments.iter_mut().zip(decays);
+        for ((parameter, gradient), (moments, decays)) in parameters.into_iter().zip(gradients).zip(state) {
+            let factors = if decays { factors } else { AdamWFactors { decay: 1.0, ..factors } };
             // Taken out, so that nobody else holds them and they change in place.
             let nothing = Tensor::empty([0, 0], &parameter.device());
             let take = |tensor: &mut Tensor<2>| std::mem::replace(tensor, nothing.clone());
@@ -126,6 +138,15 @@ mod tests {
         for (got, want) in values(&parameter).iter().zip([0.782_543_8_f32, -1.927_564_9]) {
             assert!((got - want).abs() < 2e-6, "got {got}, want {want}");
         }
+    }
+
+    #[test]
+    fn exempt_parameters_do_not_decay() {
+        let mut parameters = [tensor(&[2.0]), tensor(&[2.0])];
+        let adam = AdamW::new(AdamWConfig { weight_decay: 0.5, ..AdamWConfig::default() }, &parameters);
+        let mut adam = adam.without_decay_of(vec![true]);
+        adam.step(0.1, parameters.iter_mut().collect(), vec![tensor(&[0.0]), tensor(&[0.0])]);
+        assert_eq!(parameters.map(|p| values(&p)[0]), [2.0, 2.0 * (1.0 - 0.1 * 0.5)]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //!   loss.svg        the same as a picture
 //!   checkpoints/    step-000100/ …: what a resumed run needs
 //!   adapter/        the trained adapter, a PEFT folder; present once the run has finished
+//!   model/          of a run that trains all weights, in place of adapter/: a Hugging Face folder
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -59,15 +60,22 @@ impl RunFolder {
         self.root.join("adapter")
     }
 
+    /// The trained model, where all weights were trained.
+    pub fn model(&self) -> PathBuf {
+        self.root.join("model")
+    }
+
     /// Parent of all checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
     }
 
-    /// The run has written its adapter.
+    /// The run has written its adapter or its model.
     pub fn is_finished(&self) -> bool {
-        // Written last.
-        self.adapter().join("adapter_config.json").is_file()
+        // The one is written last, the other appears with its folder.
+        [self.adapter().join("adapter_config.json"), self.model().join("config.json")]
+            .iter()
+            .any(|p| p.is_file())
     }
 
     /// There is something here that a fresh run would mix with.
@@ -96,9 +104,10 @@ impl RunFolder {
         Ok(Some(free))
     }
 
-    /// Moves the adapter of an earlier end of this run to `adapter.old`: it is not what a longer run is training.
-    pub(crate) fn set_adapter_aside(&self) -> Result<(), TrainError> {
-        set_aside(&self.adapter())
+    /// Moves the adapter or model of an earlier end of this run to `NAME.old`: it is not what a longer run is training.
+    pub(crate) fn set_result_aside(&self) -> Result<(), TrainError> {
+        set_aside(&self.adapter())?;
+        set_aside(&self.model())
     }
 
     /// All lines of `metrics.jsonl`; none when there is no such file.

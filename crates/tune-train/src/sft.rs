@@ -1,4 +1,4 @@
-//! Supervised fine-tuning: the run, from the opened base to the trained adapter.
+//! Supervised fine-tuning: the run, from the opened base to the trained adapter, or to trained weights.
 //!
 //! Loss of a step: Σ −log p(target) over all its micro-batches, divided by all its trained tokens — not the mean
 //! of the micro-batches' means, which would weigh short ones more.
@@ -16,15 +16,15 @@ use tune_eval::{Evaluation, evaluate};
 use tune_formats::{BaseModel, peft};
 use tune_kernels::Arithmetic;
 use tune_models::{Llama, Quantization};
-use tune_recipe::RunSpec;
+use tune_recipe::{Method, RunSpec};
 
 use crate::adapter::{adapt, parameters, trained_adapter};
-use crate::checkpoint::{self, State};
+use crate::checkpoint::{self, State, Trained};
 use crate::run_folder::MetricsLog;
 use crate::steps::{Step, steps};
 use crate::{
-    AdamW, AdamWConfig, Event, RunFolder, Schedule, StepMetrics, TrainError, clip_grad_norm,
-    loss_and_gradients, peak_memory_bytes,
+    AdamW, AdamWConfig, Event, GradientSum, RunFolder, Schedule, StepMetrics, TrainError, clip_grad_norm,
+    peak_memory_bytes,
 };
 
 /// What a run needs.
@@ -52,7 +52,7 @@ pub struct Setup<'a> {
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// The adapter is in the run folder.
+    /// The adapter is in the run folder; trained weights are in the last checkpoint and in the model.
     Completed,
     /// Stopped from outside; a checkpoint is saved.
     Interrupted,
@@ -64,18 +64,21 @@ pub struct Outcome {
     pub finish: Finish,
     /// Optimizer steps taken.
     pub steps: usize,
-    /// The model with its adapters.
+    /// The trained model.
     pub model: Llama,
 }
 
-/// Trains adapters over a frozen base.
+/// Trains adapters over a frozen base, or all weights.
 pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
     let Setup { spec, base, folder, .. } = setup;
     let device = Device::flex();
 
     // Load and adapt.
     let mut model = tune_models::load(base, quantization(spec), &device)?.with_arithmetic(arithmetic(spec));
-    adapt(&mut model, spec, base)?;
+    match spec.adapter.method {
+        Method::Full => model.unfreeze(),
+        Method::Lora | Method::Qlora => adapt(&mut model, spec, base)?,
+    }
 
     // Data.
     let steps = steps(&setup.train, &spec.train)?;
@@ -103,8 +106,10 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
     folder.write(&folder.plan(), setup.plan.as_bytes())?;
     if state.step < steps.len() {
         checkpoint::set_aside_after(folder, state.step)?;
-        folder.set_adapter_aside()?;
+        folder.set_result_aside()?;
     }
+    let exempt = model.parameters_mut().iter().map(|parameter| parameter.is_vector).collect();
+    let mut adam = adam.without_decay_of(exempt);
     let mut log = MetricsLog::open(folder, state.step)?;
     on_event(Event::Started {
         total_steps: steps.len(),
@@ -173,7 +178,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         let path = save(setup, &state, &mut model, &adam)?;
         on_event(Event::Saved { path });
     }
-    if finish == Finish::Completed {
+    if finish == Finish::Completed && spec.adapter.method != Method::Full {
         let adapter = trained_adapter(&mut model, spec, &base.digest()?);
         peft::write(&folder.adapter(), &adapter)?;
     }
@@ -215,21 +220,15 @@ fn accumulate(setup: &Setup<'_>, model: &Llama, step: &Step, number: usize) -> O
         trained_tokens: micro_batches.iter().map(MicroBatch::trained_tokens).sum(),
     };
     let scale = 1.0 / sum.trained_tokens.max(1) as f64;
+    let mut gradients = GradientSum::default();
     for (index, micro_batch) in micro_batches.iter().enumerate() {
         if setup.stop.load(Ordering::Relaxed) {
             return None;
         }
         let dropout = Some(Dropout { key: dropout_key(setup.spec.train.seed, number, index) });
-        let (loss, gradients) = loss_and_gradients(model, micro_batch, scale, setup.kept_blocks, dropout);
-        sum.loss += loss;
-        if sum.gradients.is_empty() {
-            sum.gradients = gradients;
-        } else {
-            for (total, gradient) in sum.gradients.iter_mut().zip(gradients) {
-                *total = total.clone() + gradient;
-            }
-        }
+        sum.loss += gradients.add(model, micro_batch, scale, setup.kept_blocks, dropout);
     }
+    sum.gradients = gradients.into_gradients();
     Some(sum)
 }
 
@@ -259,13 +258,21 @@ fn is_exhausted(state: &State, spec: &RunSpec) -> bool {
 }
 
 fn save(setup: &Setup<'_>, state: &State, model: &mut Llama, adam: &AdamW) -> Result<PathBuf, TrainError> {
-    let adapter = trained_adapter(model, setup.spec, &setup.base.digest()?);
+    let trained = match setup.spec.adapter.method {
+        Method::Full => {
+            let weights = parameters(model).into_iter().map(|(name, tensor)| (name, tensor.clone()));
+            Trained::Weights(weights.collect())
+        }
+        Method::Lora | Method::Qlora => {
+            Trained::Adapter(trained_adapter(model, setup.spec, &setup.base.digest()?))
+        }
+    };
     let names = parameters(model).into_iter().map(|(name, _)| name);
     let moments: Vec<_> = names.zip(adam.moments()).collect();
-    checkpoint::save(&setup.folder, state, &adapter, &moments, setup.spec.checkpoint.save_total_limit)
+    checkpoint::save(&setup.folder, state, &trained, &moments, setup.spec.checkpoint.save_total_limit)
 }
 
-/// Restores adapters and optimiser from a checkpoint of the same run.
+/// Restores what is trained and the optimiser from a checkpoint of the same run.
 fn resume(
     setup: &Setup<'_>,
     path: &Path,
@@ -277,11 +284,17 @@ fn resume(
     if !differences.is_empty() {
         return Err(TrainError::OtherRun { folder: setup.folder.root().to_path_buf(), differences });
     }
-    model.attach_weights(&checkpoint.adapter, setup.spec.adapter.lora_dropout)?;
-    let missing = |name: &str| TrainError::Checkpoint {
-        path: path.to_path_buf(),
-        reason: format!("no optimizer state for {name}"),
-    };
+    let unusable = |reason: String| TrainError::Checkpoint { path: path.to_path_buf(), reason };
+    match checkpoint.trained {
+        Trained::Adapter(adapter) => model.attach_weights(&adapter, setup.spec.adapter.lora_dropout)?,
+        Trained::Weights(mut weights) => {
+            for (name, tensor) in parameters(model) {
+                let saved = weights.remove(&name).filter(|saved| saved.dims() == tensor.dims());
+                *tensor = saved.ok_or_else(|| unusable(format!("no {name} in the shape of the base")))?;
+            }
+        }
+    }
+    let missing = |name: &str| unusable(format!("no optimizer state for {name}"));
     let moments = parameters(model)
         .into_iter()
         .map(|(name, _)| checkpoint.moments.remove(&name).ok_or_else(|| missing(&name)))

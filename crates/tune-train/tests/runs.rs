@@ -266,3 +266,28 @@ fn sixteen_micro_batches_of_one_equal_one_of_sixteen() {
         assert!((a - b).abs() < 1e-5 * a, "{together:?} against {one_by_one:?}");
     }
 }
+
+/// The weights in the last checkpoint.
+fn weight_bytes(folder: &RunFolder) -> Vec<u8> {
+    let newest = checkpoint::newest(folder).expect("a checkpoint");
+    fs::read(newest.join("weights.safetensors")).expect("trained weights")
+}
+
+#[test]
+fn a_run_of_all_weights_learns_and_goes_on_as_if_it_had_never_stopped() {
+    for dtype in ["model.dtype=f32", "model.dtype=bf16"] {
+        let spec = |steps| spec(&["adapter.type=full", "train.learning_rate=1e-3", dtype, steps]);
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let whole = folder(dir.path(), "whole");
+        let all = train(&spec("train.max_steps=20"), &whole, None, None).expect("trains").steps;
+        assert!(all[19].loss < 0.7 * all[0].loss, "loss went from {} to {}", all[0].loss, all[19].loss);
+
+        let parts = folder(dir.path(), "parts");
+        let spec = spec("train.max_steps=20");
+        train(&spec, &parts, None, Some(5)).expect("stops");
+        let rest = train(&spec, &parts, checkpoint::newest(&parts), None).expect("finishes");
+        assert_eq!(rest.steps[0].step, 6);
+        assert_eq!(course(&parts.read_metrics().expect("metrics")), course(&all));
+        assert!(weight_bytes(&parts) == weight_bytes(&whole), "the weights differ");
+    }
+}

@@ -7,6 +7,7 @@ use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_formats::{BaseModel, peft};
 use tune_hub::ModelRef;
 use tune_models::{Llama, Quantization};
+use tune_recipe::{Method, RunSpec};
 use tune_train::{RunFolder, quantization};
 
 use crate::download;
@@ -37,6 +38,9 @@ pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
     let run = RunFolder::new(&args.model);
     let (reference, adapter, quantization) = if run.recipe().is_file() {
         let spec = tune_recipe::load(&run.recipe(), &[])?;
+        if spec.adapter.method == Method::Full {
+            return open_trained(&run, &spec, args);
+        }
         let adapter = args.adapter.clone().unwrap_or_else(|| run.adapter());
         (spec.model.base.clone(), Some(adapter), quantization(&spec))
     } else {
@@ -45,6 +49,32 @@ pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
     let (base, model) = load(&reference, quantization, adapter.as_deref())?;
     let tokenizer = Tokenizer::from_base(&base)?;
     Ok(Opened { base, tokenizer, model })
+}
+
+/// Opens what a run that trains all weights has left.
+fn open_trained(run: &RunFolder, spec: &RunSpec, args: &ModelArgs) -> miette::Result<Opened> {
+    let path = download::resolve(&ModelRef::parse(&spec.model.base)?, false)?.path;
+    let base = trained_base(run, &path)?;
+    let mut model = tune_models::load(&base, Quantization::Keep, &Device::flex())?;
+    if let Some(path) = &args.adapter {
+        let adapter = peft::read(path)?;
+        adapter.check_base(&base)?;
+        model.attach_weights(&adapter, 0.0)?;
+    }
+    let tokenizer = Tokenizer::from_base(&base)?;
+    Ok(Opened { base, tokenizer, model })
+}
+
+/// The base at `path`, with its tokenizer and metadata as in training, and the trained weights of `run`.
+pub fn trained_base(run: &RunFolder, path: &Path) -> miette::Result<BaseModel> {
+    if !run.is_finished() {
+        return Err(UsageError::report(
+            format!("{} has no model yet", run.root().display()),
+            format!("finish the run: tune train {}", run.recipe().display()),
+        ));
+    }
+    let trained = tune_formats::open(&run.model())?;
+    Ok(BaseModel { weights: trained.weights, ..tune_formats::open(path)? })
 }
 
 /// A tokenizer may know ids that the weights have no row for, when its files belong to another model.

@@ -5,6 +5,8 @@ use std::ops::ControlFlow;
 use tune_data::Message;
 use tune_eval::{Sampler, SamplerConfig, generate};
 use tune_models::Llama;
+use tune_recipe::Method;
+use tune_train::quantization;
 
 use crate::inputs::Inputs;
 use crate::model::check_ids;
@@ -19,10 +21,18 @@ pub struct Sample {
     pub after: String,
 }
 
-/// Answers the prompts of the recipe's `[samples]` greedily, without and with the adapters of `tuned`.
+/// Answers the prompts of the recipe's `[samples]` greedily, as the base and as `tuned`.
 pub fn before_and_after(inputs: &Inputs, tuned: &Llama) -> miette::Result<Vec<Sample>> {
-    let base = tuned.without_adapters();
     let samples = &inputs.spec.samples;
+    if samples.prompts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let base = if inputs.spec.adapter.method == Method::Full {
+        let base = tune_models::load(&inputs.base, quantization(&inputs.spec), tuned.device())?;
+        base.with_arithmetic(tuned.arithmetic())
+    } else {
+        tuned.without_adapters()
+    };
     samples
         .prompts
         .iter()

@@ -161,3 +161,36 @@ fn going_on_from_an_earlier_checkpoint_makes_it_the_newest() {
         "{kept:?}"
     );
 }
+
+#[test]
+fn a_run_of_all_weights_generates_and_is_exported() {
+    let workshop = workshop(30);
+    let folder = workshop.path();
+    let full = ["--set", "adapter.type=full", "--set", "train.learning_rate=1e-3"];
+    let train = [&["train", "recipe.toml", "--out", "run", "--quiet"], &full[..]].concat();
+    let printed = stdout(&run(folder, &train));
+    assert!(printed.contains("after"), "{printed}");
+    let loss = |model: &str| {
+        let output = stdout(&run(folder, &["eval", model, "rows.jsonl", "--json"]));
+        serde_json::from_str::<serde_json::Value>(&output).expect("JSON")["loss"].as_f64().expect("a number")
+    };
+    let (before, after) = (loss(&model().to_string_lossy()), loss("run"));
+    assert!(after < before - 0.5, "loss on the rows: {before} before, {after} after");
+
+    // What was trained lies in the run as a model of its own, and every copy of it says the same.
+    let answer = |model: &str| stdout(&run(folder, &["generate", model, "-p", "count from 3", "-n", "8"]));
+    assert_eq!(answer("run/model"), answer("run"));
+    for (target, out) in [("safetensors", "copy"), ("gguf:f32", "copy.gguf")] {
+        run(folder, &["export", "run", "--to", target, "--out", out]);
+        assert_eq!(answer(out), answer("run"), "{target}");
+        assert!((loss(out) - after).abs() < 1e-6, "{target}: {} and {after}", loss(out));
+    }
+
+    for adapter in ["gguf-lora", "peft"] {
+        let refused = tune(folder, &["export", "run", "--to", adapter]).output().expect("tune runs");
+        assert_eq!(refused.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("gguf:f16"), "no way out");
+    }
+    let nf4 = [&["train", "recipe.toml", "--set", "model.quantization=nf4"], &full[..]].concat();
+    assert_eq!(tune(folder, &nf4).output().expect("tune runs").status.code(), Some(2));
+}

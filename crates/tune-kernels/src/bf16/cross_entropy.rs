@@ -11,7 +11,7 @@ use half::bf16;
 use rayon::prelude::*;
 use tune_quant::StoredMatrix;
 
-use super::convert::{round, round_row, widen};
+use super::convert::{round, round_row, transposed, widen};
 use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
 use super::tile::WIDTH;
 use crate::cpu::{SharedSlots, Unwritten, exp, vectorised};
@@ -19,13 +19,15 @@ use crate::cpu::{SharedSlots, Unwritten, exp, vectorised};
 /// Ids of a group: the columns of a panel, so that every tile holds whole groups.
 const GROUP: usize = WIDTH;
 
-/// The losses of the rows of x `[tokens, d_model]`, and dx when `scale` is given.
+/// The losses of the rows of x `[tokens, d_model]`, and dx when `scale` is given. Then the gradient of the head is
+/// added to `d_head` `[vocab, d_model]`, if there is one.
 pub(crate) fn loss_and_gradient(
     x: &[f32],
     head: &StoredMatrix,
     targets: &[u32],
     scale: Option<f32>,
     chunk: usize,
+    mut d_head: Option<&mut [f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     let (d_model, vocab) = (head.cols(), head.rows());
     let mut losses = vec![0.0; targets.len()];
@@ -59,6 +61,9 @@ pub(crate) fn loss_and_gradient(
                     }
                 }),
             }]);
+            if let Some(d_head) = d_head.as_deref_mut() {
+                chunks.add_head_gradient(rows.len(), d_model, d_head);
+            }
         }
     }
     // SAFETY: the chunks cover every row.
@@ -73,6 +78,8 @@ struct Chunk {
     groups: usize,
     /// `exp(z - m)` of the group's m, `[rows, vocab]`; empty when no gradient is wanted.
     stored: Vec<bf16>,
+    /// The rows of x.
+    rounded: Vec<bf16>,
     /// Maximum and sum of each group, `[rows, groups]`.
     of_groups: Vec<(f32, f32)>,
     /// The logit of each row's target.
@@ -88,6 +95,7 @@ impl Chunk {
             vocab,
             groups,
             stored: vec![bf16::ZERO; if keeps { rows * vocab } else { 0 }],
+            rounded: Vec::new(),
             of_groups: vec![(0.0, 0.0); rows * groups],
             targets: vec![0.0; rows],
             log_sums: vec![0.0; rows],
@@ -96,8 +104,8 @@ impl Chunk {
 
     fn observe(&mut self, x: &[f32], head: &StoredMatrix, targets: &[u32]) {
         let (rows, d_model) = (targets.len(), head.cols());
-        let mut rounded = vec![bf16::ZERO; x.len()];
-        round_row(x, &mut rounded);
+        self.rounded.resize(x.len(), bf16::ZERO);
+        round_row(x, &mut self.rounded);
         let outputs = Outputs {
             stored: (!self.stored.is_empty()).then(|| SharedMatrix::new(&mut self.stored, self.vocab)),
             of_groups: SharedMatrix::new(&mut self.of_groups, self.groups),
@@ -107,7 +115,7 @@ impl Chunk {
             rows,
             cols: self.vocab,
             terms: vec![Term {
-                a: Operand::new(&rounded, rows, d_model, d_model),
+                a: Operand::new(&self.rounded, rows, d_model, d_model),
                 b: Factor::Transposed(Source::Stored(head)),
             }],
             finish: Box::new(|tile| outputs.take(&tile, targets)),
@@ -131,6 +139,29 @@ impl Chunk {
             }
             row[*target as usize] = round(scale * (exp(logit - log_sum) - 1.0));
         });
+    }
+}
+
+impl Chunk {
+    /// Adds dzᵀ x, with the gradients of the logits dz that [`to_gradient`](Self::to_gradient) has left.
+    fn add_head_gradient(&self, rows: usize, d_model: usize, d_head: &mut [f32]) {
+        let depth = rows.next_multiple_of(2);
+        let dz = transposed(&self.stored[..rows * self.vocab], rows, self.vocab);
+        let sums = SharedMatrix::new(d_head, d_model);
+        let x = Source::Halves { values: &self.rounded, stride: d_model };
+        run(&[Product {
+            rows: self.vocab,
+            cols: d_model,
+            terms: vec![Term { a: Operand::new(&dz, self.vocab, rows, depth), b: Factor::Plain(x) }],
+            finish: Box::new(|tile| {
+                for row in tile.rows.clone() {
+                    // SAFETY: tiles cover the gradient once, so no other task has these elements.
+                    #[allow(unsafe_code)]
+                    let sums = unsafe { sums.part(row, tile.cols.clone()) };
+                    add_in_place(tile.row(row), sums);
+                }
+            }),
+        }]);
     }
 }
 
@@ -242,6 +273,12 @@ vectorised! {
             *out = round(value);
         }
         (maximum, sum)
+    }
+
+    fn add_in_place(values: &[f32], sums: &mut [f32]) {
+        for (value, sum) in values.iter().zip(sums) {
+            *sum += *value;
+        }
     }
 
     fn scale_in_place(values: &mut [bf16], factor: f32) {

@@ -6,17 +6,18 @@
 //!   | silu(gate) ⊙ up            x = [gate, up]
 //! ```
 //!
-//! u `[tokens, d_in]`; Wᵢ `[d_outᵢ, d_in]` frozen; Aᵢ `[rᵢ, d_in]`, Bᵢ `[d_outᵢ, rᵢ]` in `f32`; y
+//! u `[tokens, d_in]`; Wᵢ `[d_outᵢ, d_in]` frozen or trained; Aᵢ `[rᵢ, d_in]`, Bᵢ `[d_outᵢ, rᵢ]` in `f32`; y
 //! `[tokens, Σ d_outᵢ]`, `bf16`, or `f32` where a residual in `f32` is added. In a decoder block: q, k, v behind
 //! the first norm; o beside the residual; gate and up behind the second norm; down behind the activation.
 //!
 //! ```text
 //! dhᵢ = sᵢ dyᵢ Bᵢ      du = Σᵢ dyᵢ Wᵢ + dhᵢ Aᵢ      dAᵢ = dhᵢᵀ u      dBᵢ = sᵢ dyᵢᵀ (u Aᵢᵀ)
+//! dWᵢ = dyᵢᵀ u         dbiasᵢ = Σₜ dyᵢ              dgain = Σₜ du ⊙ x / rms(x)
 //! ```
 //!
 //! Hu et al. 2021, arXiv 2106.09685, eq. 3; Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; Shazeer 2020,
 //! arXiv 2002.05202, eq. 6. Saved: x (for a norm, x divided by its root mean square, in `bf16`, and one value a
-//! token) and s u Aᵀ; u is made again from it. A layer without an adapter has a pair of rank 0.
+//! token) and s u Aᵀ; u is made again from it. A layer without an adapter has a pair of rank 0; a trained one has none.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -32,10 +33,10 @@ use burn_flex::FlexTensor;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::convert::{round, round_row, widen};
+use super::convert::{round, round_row, transposed, widen};
 use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
 use crate::cpu::{self, SharedSlots, Unwritten, exp, vectorised};
-use crate::{FrozenVector, FrozenWeight};
+use crate::{FrozenVector, FrozenWeight, Vector, Weight};
 
 /// What the layers read.
 #[derive(Clone)]
@@ -47,7 +48,7 @@ pub enum Input {
         /// The residual stream.
         x: Tensor<2>,
         /// `[d_in]`.
-        gain: FrozenVector,
+        gain: Vector,
         /// Added to the mean square.
         eps: f32,
     },
@@ -59,10 +60,10 @@ pub enum Input {
 #[derive(Clone)]
 pub struct Layer {
     /// `[d_out, d_in]`.
-    pub weight: FrozenWeight,
-    /// `[d_out]`.
-    pub bias: Option<FrozenVector>,
-    /// A `[rank, d_in]`, B `[d_out, rank]` and the factor s.
+    pub weight: Weight,
+    /// `[d_out]`; trained if and only if the weight is.
+    pub bias: Option<Vector>,
+    /// A `[rank, d_in]`, B `[d_out, rank]` and the factor s; never beside a trained weight.
     pub adapter: Option<(Tensor<2>, Tensor<2>, f32)>,
 }
 
@@ -72,12 +73,14 @@ const MOST_LAYERS: usize = 3;
 /// The outputs of `layers` side by side, `bf16`; or the output plus `residual` (`f32`), `f32`.
 ///
 /// # Panics
-/// When the shapes do not agree, or there are no layers or more than three.
+/// When the shapes do not agree, there are no layers or more than three, or a layer is trained in part.
 pub fn project(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> Tensor<2> {
-    let (x, transform) = match input {
-        Input::Plain(x) => (x, Transform::Plain),
-        Input::Norm { x, gain, eps } => (x, Transform::Norm { gain, eps }),
-        Input::SwiGlu(x) => (x, Transform::SwiGlu),
+    let (x, transform, gain) = match input {
+        Input::Plain(x) => (x, Transform::Plain, None),
+        Input::Norm { x, gain, eps } => {
+            (x, Transform::Norm { gain: gain.values(), eps }, gain.trained().cloned())
+        }
+        Input::SwiGlu(x) => (x, Transform::SwiGlu, None),
     };
     let [tokens, width] = x.dims();
     let d_in = if matches!(transform, Transform::SwiGlu) { width / 2 } else { width };
@@ -87,14 +90,20 @@ pub fn project(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> T
     for layer in layers {
         let w = &layer.weight;
         assert_eq!(w.cols(), d_in, "project: d_in of {w:?} for x [{tokens}, {width}]");
-        match &layer.adapter {
-            Some((a, b, _)) => {
+        let bias = layer.bias.as_ref().and_then(Vector::trained);
+        assert!(w.trained().is_some() || bias.is_none(), "project: a trained bias of {w:?}");
+        match (&layer.adapter, w.trained()) {
+            (Some(_), Some(_)) => panic!("project: an adapter beside the trained {w:?}"),
+            (None, Some(w)) => {
+                pairs.extend([w.clone(), bias.cloned().unwrap_or_else(|| Tensor::empty([0, 0], &device))]);
+            }
+            (Some((a, b, _)), None) => {
                 let rank = a.dims()[0];
                 assert_eq!(a.dims(), [rank, d_in], "project: A for {w:?}");
                 assert_eq!(b.dims(), [w.rows(), rank], "project: B for {w:?} and A {:?}", a.dims());
                 pairs.extend([a.clone(), b.clone()]);
             }
-            None => pairs.extend(no_pair(w.rows(), d_in, &device)),
+            (None, None) => pairs.extend(no_pair(w.rows(), d_in, &device)),
         }
     }
     pairs.resize_with(2 * MOST_LAYERS, || Tensor::empty([0, 0], &device));
@@ -106,23 +115,25 @@ pub fn project(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> T
         transform,
         layers: layers
             .iter()
-            .map(|layer| Frozen {
-                weight: layer.weight.clone(),
-                bias: layer.bias.clone(),
+            .map(|layer| LayerSpec {
+                weight: layer.weight.stored(),
+                bias: layer.bias.as_ref().map(Vector::values),
+                is_trained: layer.weight.trained().is_some(),
                 scale: layer.adapter.as_ref().map_or(0.0, |(_, _, scale)| *scale),
             })
             .collect(),
         has_residual: residual.is_some(),
     });
-    let residual = residual.unwrap_or_else(|| Tensor::empty([0, 0], &device));
+    let [residual, gain] = [residual, gain].map(|t| t.unwrap_or_else(|| Tensor::empty([0, 0], &device)));
     // What is not in the graph is a constant of it.
-    let tracked = [&x, &residual].into_iter().chain(&pairs).any(Tensor::is_autodiff);
+    let tracked = [&x, &residual, &gain].into_iter().chain(&pairs).any(Tensor::is_autodiff);
     let primitive = |t: Tensor<2>| if tracked { t.autodiff() } else { t }.into_dispatch();
     let mut pairs = pairs.into_iter().map(primitive);
     let mut next = || pairs.next().expect("two for each of the layers");
     Tensor::from_dispatch(<Dispatch as Project>::project(
         primitive(x),
         primitive(residual),
+        primitive(gain),
         next(),
         next(),
         next(),
@@ -141,7 +152,12 @@ fn no_pair(d_out: usize, d_in: usize, device: &Device) -> [Tensor<2>; 2] {
 pub fn reference(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> Tensor<2> {
     let u = match input {
         Input::Plain(x) => x,
-        Input::Norm { x, gain, eps } => crate::rms_norm::reference(x, &gain, eps),
+        Input::Norm { x, gain, eps } => match gain {
+            Vector::Frozen(gain) => crate::rms_norm::reference(x, &gain, eps),
+            Vector::Trained(gain) => {
+                crate::rms_norm::reference(x, &vec![1.0; gain.dims()[1]].into(), eps) * gain
+            }
+        },
         Input::SwiGlu(x) => {
             let d_ff = x.dims()[1] / 2;
             let [gate, up] = [0, d_ff].map(|first| x.clone().narrow(1, first, d_ff));
@@ -149,14 +165,16 @@ pub fn reference(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) ->
         }
     };
     let of_layer = |layer: &Layer| {
-        let y = match &layer.adapter {
-            Some((a, b, scale)) => {
-                crate::lora_linear::reference(u.clone(), &layer.weight, a.clone(), b.clone(), *scale)
+        let y = match (&layer.weight, &layer.adapter) {
+            (Weight::Trained(w), _) => u.clone().matmul(w.clone().transpose()),
+            (Weight::Frozen(w), Some((a, b, scale))) => {
+                crate::lora_linear::reference(u.clone(), w, a.clone(), b.clone(), *scale)
             }
-            None => crate::frozen_linear::reference(u.clone(), &layer.weight),
+            (Weight::Frozen(w), None) => crate::frozen_linear::reference(u.clone(), w),
         };
         match &layer.bias {
-            Some(bias) => y.clone() + bias.tensor(&y.device()).unsqueeze(),
+            Some(Vector::Trained(bias)) => y + bias.clone(),
+            Some(Vector::Frozen(bias)) => y.clone() + bias.tensor(&y.device()).unsqueeze(),
             None => y,
         }
     };
@@ -171,7 +189,7 @@ pub fn reference(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) ->
 #[derive(Debug)]
 pub(crate) struct Spec {
     transform: Transform,
-    layers: Vec<Frozen>,
+    layers: Vec<LayerSpec>,
     has_residual: bool,
 }
 
@@ -183,9 +201,10 @@ enum Transform {
 }
 
 #[derive(Debug)]
-struct Frozen {
+struct LayerSpec {
     weight: FrozenWeight,
     bias: Option<FrozenVector>,
+    is_trained: bool,
     scale: f32,
 }
 
@@ -212,6 +231,7 @@ pub(crate) trait Project: Backend {
     fn project(
         x: FloatTensor<Self>,
         residual: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
         a0: FloatTensor<Self>,
         b0: FloatTensor<Self>,
         a1: FloatTensor<Self>,
@@ -231,8 +251,13 @@ pub(crate) trait ProjectKernels: Backend {
         pairs: [FloatTensor<Self>; 2 * MOST_LAYERS],
         spec: Arc<Spec>,
     ) -> (FloatTensor<Self>, Saved<Self>);
-    /// dx if `wants_x`, and dA, dB of each layer.
-    fn backward(saved: Saved<Self>, dy: FloatTensor<Self>, wants_x: bool) -> ProjectGradients<Self>;
+    /// dx if `wants_x`, dgain if `wants_gain`, and of each layer dA and dB, or dW and dbias.
+    fn backward(
+        saved: Saved<Self>,
+        dy: FloatTensor<Self>,
+        wants_x: bool,
+        wants_gain: bool,
+    ) -> ProjectGradients<Self>;
 }
 
 /// What backward needs.
@@ -244,12 +269,14 @@ pub(crate) struct Saved<B: Backend> {
     inverse_rms: FloatTensor<B>,
     /// s u Aᵀ of all layers, each padded to an even width.
     h: FloatTensor<B>,
+    /// A and B of each layer; of a trained one its weight and bias.
     pairs: [FloatTensor<B>; 2 * MOST_LAYERS],
     spec: Arc<Spec>,
 }
 
 pub(crate) struct ProjectGradients<B: Backend> {
     x: Option<FloatTensor<B>>,
+    gain: Option<FloatTensor<B>>,
     /// In the order of `pairs`.
     pairs: Vec<FloatTensor<B>>,
 }
@@ -258,6 +285,7 @@ impl Project for Flex {
     fn project(
         x: FlexTensor,
         residual: FlexTensor,
+        _gain: FlexTensor,
         a0: FlexTensor,
         b0: FlexTensor,
         a1: FlexTensor,
@@ -318,7 +346,12 @@ impl ProjectKernels for Flex {
         (y, Saved { input, inverse_rms, h, pairs, spec })
     }
 
-    fn backward(saved: Saved<Self>, dy: FlexTensor, wants_x: bool) -> ProjectGradients<Self> {
+    fn backward(
+        saved: Saved<Self>,
+        dy: FlexTensor,
+        wants_x: bool,
+        wants_gain: bool,
+    ) -> ProjectGradients<Self> {
         let Saved { input, inverse_rms, h, pairs, spec } = saved;
         let dy = cpu::contiguous(dy);
         let [tokens, _] = dy.shape().dims();
@@ -350,14 +383,16 @@ impl ProjectKernels for Flex {
         run(&products);
         drop(products);
 
-        // dA, dB and du: all that is left is independent
+        // dA, dB, dW and du: all that is left is independent
         let u = again(&input, &spec.transform);
         let u = Shared::of(&u, &input);
         let u = Source::Halves { values: u.values(), stride: d_in };
         let depth = tokens.next_multiple_of(2);
         let (h_t, dh_t) =
             (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
-        let mut du = DInput::new(wants_x, tokens, &spec);
+        let mut du = DInput::new(wants_x || wants_gain, tokens, &spec);
+        let is_trained = spec.layers.iter().any(|layer| layer.is_trained);
+        let dy_t = if is_trained { transposed(dy, tokens, d_out) } else { Vec::new() };
         let mut of_pairs: Vec<Unwritten> =
             pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
         let slots: Vec<SharedSlots> = of_pairs.iter_mut().map(|v| SharedSlots::new(v.slots())).collect();
@@ -384,7 +419,28 @@ impl ProjectKernels for Flex {
                 finish: Box::new(move |tile| write_transposed(db, rank, &tile)),
             });
         }
-        if wants_x {
+        for (layer, columns) in columns.iter().enumerate().filter(|(layer, _)| spec.layers[*layer].is_trained)
+        {
+            let (dw, dy) = (slots[2 * layer], &dy_t[columns.start * depth..]);
+            products.push(Product {
+                rows: columns.len(),
+                cols: d_in,
+                terms: vec![Term { a: Operand::new(dy, columns.len(), tokens, depth), b: Factor::Plain(u) }],
+                finish: Box::new(move |tile| {
+                    write(dw, d_in, 0, &tile, |_, sums, out| {
+                        out.write_copy_of_slice(sums);
+                    });
+                }),
+            });
+            // SAFETY: nothing else writes the gradient of this bias.
+            #[allow(unsafe_code)]
+            let d_bias =
+                unsafe { slots[2 * layer + 1].range(0, pairs[2 * layer + 1].shape().num_elements()) };
+            for (d_bias, dy) in d_bias.iter_mut().zip(dy.chunks_exact(depth.max(1))) {
+                d_bias.write(dy.iter().map(|dy| f64::from(widen(*dy))).sum::<f64>() as f32);
+            }
+        }
+        if wants_x || wants_gain {
             let mut terms = Vec::new();
             for (layer, frozen) in spec.layers.iter().enumerate() {
                 let w = Source::Stored(frozen.weight.matrix());
@@ -400,14 +456,15 @@ impl ProjectKernels for Flex {
         run(&products);
         drop(products);
 
-        let x = du.into_tensor(&input, &inverse_rms, &spec, tokens);
+        let (x, gain) = du.into_gradients(&input, &inverse_rms, &spec, tokens, wants_gain);
         let of_pairs = of_pairs.into_iter().zip(&pairs).map(|(values, parameter)| {
-            // SAFETY: the products have written every element of A and B; those of rank 0 have none.
+            // SAFETY: the products have written every element of dA, dB and dW, and the loop over layers those of
+            // dbias; pairs of rank 0 have none.
             #[allow(unsafe_code)]
             let values = unsafe { values.written() };
             cpu::from_values(values, parameter.shape().dims::<2>())
         });
-        ProjectGradients { x, pairs: of_pairs.collect() }
+        ProjectGradients { x, gain, pairs: of_pairs.collect() }
     }
 }
 
@@ -478,9 +535,10 @@ struct Pair<'a> {
 impl<'a> Pairs<'a> {
     fn of(tensors: &'a [FlexTensor; 2 * MOST_LAYERS], spec: &'a Spec) -> Self {
         let mut width = 0;
-        let pairs = (0..spec.layers.len()).map(|layer| {
+        let pairs = spec.layers.iter().enumerate().map(|(layer, of_layer)| {
             let (a, b) = (&tensors[2 * layer], &tensors[2 * layer + 1]);
             let [rank, d_in] = a.shape().dims();
+            let rank = if of_layer.is_trained { 0 } else { rank };
             let offset = width;
             width += rank.next_multiple_of(2);
             Pair {
@@ -495,7 +553,7 @@ impl<'a> Pairs<'a> {
     }
 
     /// Those of a rank above 0, with their layers.
-    fn each(&self) -> impl Iterator<Item = (&Pair<'a>, &'a Frozen)> {
+    fn each(&self) -> impl Iterator<Item = (&Pair<'a>, &'a LayerSpec)> {
         self.pairs.iter().zip(&self.spec.layers).filter(|(pair, _)| pair.rank > 0)
     }
 }
@@ -641,23 +699,26 @@ impl DInput {
         }
     }
 
-    /// dx, when all tiles of du have been taken.
-    fn into_tensor(
+    /// dx, and dgain if it is wanted, when all tiles of du have been taken.
+    fn into_gradients(
         self,
         input: &FlexTensor,
         inverse_rms: &FlexTensor,
         spec: &Spec,
         tokens: usize,
-    ) -> Option<FlexTensor> {
+        wants_gain: bool,
+    ) -> (Option<FlexTensor>, Option<FlexTensor>) {
         let d_in = spec.d_in();
         // SAFETY: the tiles have written every element.
         #[allow(unsafe_code)]
         match self {
-            Self::Unwanted => None,
-            Self::Plain(dx) => Some(cpu::from_values(unsafe { dx.written() }, [tokens, d_in])),
-            Self::SwiGlu(dx) => Some(cpu::from_values(unsafe { dx.written() }, [tokens, 2 * d_in])),
+            Self::Unwanted => (None, None),
+            Self::Plain(dx) => (Some(cpu::from_values(unsafe { dx.written() }, [tokens, d_in])), None),
+            Self::SwiGlu(dx) => (Some(cpu::from_values(unsafe { dx.written() }, [tokens, 2 * d_in])), None),
             Self::Norm(du) => {
                 let mut dx = unsafe { du.written() };
+                let gain = wants_gain
+                    .then(|| cpu::from_values(gain_gradient(&dx, cpu::values(input), d_in), [1, d_in]));
                 if let Transform::Norm { gain, .. } = &spec.transform {
                     dx.par_chunks_exact_mut(d_in.max(1))
                         .zip(cpu::values::<bf16>(input).par_chunks_exact(d_in.max(1)))
@@ -665,10 +726,28 @@ impl DInput {
                         .with_min_len(ROWS_OF_A_TASK)
                         .for_each(|((dx, scaled), r)| normalise_backward(dx, scaled, gain, *r));
                 }
-                Some(cpu::from_values(dx, [tokens, d_in]))
+                (Some(cpu::from_values(dx, [tokens, d_in])), gain)
             }
         }
     }
+}
+
+/// `Σₜ du ⊙ x̂` with x̂ = x r: sums of groups of rows, then their sum in order.
+fn gain_gradient(du: &[f32], scaled: &[bf16], d_in: usize) -> Vec<f32> {
+    const ROWS: usize = 64;
+    let of_group = |(du, scaled): (&[f32], &[bf16])| {
+        let mut sums = vec![0.0; d_in];
+        let rows = du.chunks_exact(d_in.max(1)).zip(scaled.chunks_exact(d_in.max(1)));
+        rows.for_each(|(du, scaled)| add_product(du, scaled, &mut sums));
+        sums
+    };
+    let len = (ROWS * d_in).max(1);
+    let groups: Vec<Vec<f32>> = du.par_chunks(len).zip(scaled.par_chunks(len)).map(of_group).collect();
+    let mut sums = vec![0.0; d_in];
+    for group in groups {
+        sums.iter_mut().zip(group).for_each(|(sum, of_group)| *sum += of_group);
+    }
+    sums
 }
 
 /// Gives each row of a tile and its part of the shared matrix (rows of `stride`, the tile's first column at
@@ -698,18 +777,6 @@ fn write_transposed(out: SharedSlots, rank: usize, tile: &Tile) {
             slot.write(tile.row(row)[i]);
         }
     }
-}
-
-/// `[cols, rows]`, each row padded with zeros to an even length.
-fn transposed(values: &[bf16], rows: usize, cols: usize) -> Vec<bf16> {
-    let depth = rows.next_multiple_of(2);
-    let mut out = vec![bf16::ZERO; cols * depth];
-    for (row, values) in values.chunks_exact(cols.max(1)).enumerate() {
-        for (col, value) in values.iter().enumerate() {
-            out[col * depth + row] = *value;
-        }
-    }
-    out
 }
 
 fn rounded(values: &[f32]) -> Vec<bf16> {
@@ -797,6 +864,12 @@ vectorised! {
         }
     }
 
+    fn add_product(du: &[f32], scaled: &[bf16], sums: &mut [f32]) {
+        for ((du, scaled), sum) in du.iter().zip(scaled).zip(sums) {
+            *sum += *du * widen(*scaled);
+        }
+    }
+
     fn activate(gate: &[bf16], up: &[bf16], u: &mut [MaybeUninit<bf16>]) {
         for ((gate, up), u) in gate.iter().zip(up).zip(u) {
             let gate = widen(*gate);
@@ -825,6 +898,7 @@ impl<B: ProjectKernels, C: CheckpointStrategy> Project for Autodiff<B, C> {
     fn project(
         x: FloatTensor<Self>,
         residual: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
         a0: FloatTensor<Self>,
         b0: FloatTensor<Self>,
         a1: FloatTensor<Self>,
@@ -835,9 +909,10 @@ impl<B: ProjectKernels, C: CheckpointStrategy> Project for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let (x, x_node) = x.into_parts();
         let (residual, residual_node) = residual.into_parts();
+        let gain_node = gain.into_parts().1;
         let parts = [a0, b0, a1, b1, a2, b2].map(FloatTensor::<Self>::into_parts);
         let [p0, p1, p2, p3, p4, p5] = parts;
-        let nodes = [x_node, residual_node, p0.1, p1.1, p2.1, p3.1, p4.1, p5.1];
+        let nodes = [x_node, residual_node, gain_node, p0.1, p1.1, p2.1, p3.1, p4.1, p5.1];
         let (y, saved) = B::forward(x, residual, [p0.0, p1.0, p2.0, p3.0, p4.0, p5.0], spec);
         match ProjectBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(saved, y),
@@ -849,18 +924,21 @@ impl<B: ProjectKernels, C: CheckpointStrategy> Project for Autodiff<B, C> {
 #[derive(Debug)]
 struct ProjectBackward;
 
-impl<B: ProjectKernels> Backward<B, 8> for ProjectBackward {
+impl<B: ProjectKernels> Backward<B, 9> for ProjectBackward {
     type State = Saved<B>;
 
-    fn backward(self, ops: Ops<Self::State, 8>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 9>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let [x, residual, pairs @ ..] = ops.parents;
-        let gradients = B::backward(ops.state, dy.clone(), x.is_some());
+        let [x, residual, gain, pairs @ ..] = ops.parents;
+        let gradients = B::backward(ops.state, dy.clone(), x.is_some(), gain.is_some());
         if let Some(residual) = residual {
             grads.register::<B>(residual.id, dy);
         }
         if let (Some(x), Some(gradient)) = (x, gradients.x) {
             grads.register::<B>(x.id, gradient);
+        }
+        if let (Some(gain), Some(gradient)) = (gain, gradients.gain) {
+            grads.register::<B>(gain.id, gradient);
         }
         for (node, gradient) in pairs.into_iter().zip(gradients.pairs) {
             if let Some(node) = node {
@@ -908,6 +986,8 @@ mod tests {
         tokens: usize,
         d_in: usize,
         d_out: usize,
+        /// Weights, biases and gains, instead of pairs.
+        is_trained: bool,
     }
 
     impl Case {
@@ -917,7 +997,14 @@ mod tests {
             if self.residual {
                 leaves.push(random(2, [self.tokens, self.d_out * self.ranks.len()]));
             }
-            for (i, rank) in self.ranks.iter().enumerate() {
+            if self.is_trained && self.transform == "norm" {
+                leaves.push(random(4, [1, self.d_in]));
+            }
+            for i in (0..self.ranks.len() as u64).filter(|_| self.is_trained) {
+                leaves.push(random(10 + i, [self.d_out, self.d_in]));
+                leaves.extend(self.bias.then(|| random(20 + i, [1, self.d_out])));
+            }
+            for (i, rank) in self.ranks.iter().enumerate().filter(|_| !self.is_trained) {
                 leaves.push(random(10 + i as u64, [*rank, self.d_in]));
                 leaves.push(random(20 + i as u64, [self.d_out, *rank]));
             }
@@ -945,20 +1032,30 @@ mod tests {
         fn apply(&self, leaves: &[Tensor<2>], fast: bool) -> Tensor<2> {
             let mut leaves = leaves.iter().cloned();
             let x = leaves.next().unwrap();
+            let residual = self.residual.then(|| leaves.next().unwrap());
             let as_input = |x: Tensor<2>| if fast { to_bf16(&x) } else { x };
             let input = match self.transform {
                 "plain" => Input::Plain(as_input(x)),
                 "swiglu" => Input::SwiGlu(as_input(x)),
+                _ if self.is_trained => {
+                    Input::Norm { x, gain: Vector::Trained(leaves.next().unwrap()), eps: 1e-5 }
+                }
                 _ => Input::Norm { x, gain: uniform(4, self.d_in).into(), eps: 1e-5 },
             };
-            let residual = self.residual.then(|| leaves.next().unwrap());
             let layers: Vec<Layer> = self
                 .ranks
                 .iter()
                 .map(|rank| {
+                    if self.is_trained {
+                        return Layer {
+                            weight: Weight::Trained(leaves.next().unwrap()),
+                            bias: self.bias.then(|| Vector::Trained(leaves.next().unwrap())),
+                            adapter: None,
+                        };
+                    }
                     let (a, b) = (leaves.next().unwrap(), leaves.next().unwrap());
                     Layer {
-                        weight: frozen(self.block_type, [self.d_out, self.d_in]),
+                        weight: frozen(self.block_type, [self.d_out, self.d_in]).into(),
                         bias: self.bias.then(|| uniform(5, self.d_out).into()),
                         adapter: (*rank > 0).then_some((a, b, 0.5)),
                     }
@@ -981,8 +1078,21 @@ mod tests {
                     (BlockType::Q4K, 20, 70, 512),
                 ] {
                     let bias = tokens == 7;
-                    let ranks = ranks.clone();
-                    Case { transform, ranks, bias, residual, block_type, tokens, d_in, d_out }.assert();
+                    for is_trained in [false, true] {
+                        let ranks = ranks.clone();
+                        Case {
+                            transform,
+                            ranks,
+                            bias,
+                            residual,
+                            block_type,
+                            tokens,
+                            d_in,
+                            d_out,
+                            is_trained,
+                        }
+                        .assert();
+                    }
                 }
             }
         }
@@ -990,7 +1100,7 @@ mod tests {
 
     #[test]
     fn no_tokens_and_one_token() {
-        let layers = [Layer { weight: frozen(BlockType::Q8_0, [8, 32]), bias: None, adapter: None }];
+        let layers = [Layer { weight: frozen(BlockType::Q8_0, [8, 32]).into(), bias: None, adapter: None }];
         assert_eq!(project(Input::Plain(to_bf16(&random(1, [0, 32]))), &layers, None).dims(), [0, 8]);
         let ranks = vec![4];
         let case = Case {
@@ -1002,6 +1112,7 @@ mod tests {
             tokens: 1,
             d_in: 64,
             d_out: 32,
+            is_trained: false,
         };
         case.assert();
     }
@@ -1011,7 +1122,7 @@ mod tests {
         let (a, b) =
             (random(2, [2, 32]).autodiff().require_grad(), random(3, [8, 2]).autodiff().require_grad());
         let layers = [Layer {
-            weight: frozen(BlockType::Q8_0, [8, 32]),
+            weight: frozen(BlockType::Q8_0, [8, 32]).into(),
             bias: None,
             adapter: Some((a.clone(), b.clone(), 1.0)),
         }];

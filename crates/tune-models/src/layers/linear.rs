@@ -1,18 +1,18 @@
-//! A frozen linear layer with an optional adapter: `y = x Wᵀ + bias (+ s · (x Aᵀ) Bᵀ)`.
+//! A linear layer, frozen with an optional adapter or trained: `y = x Wᵀ + bias (+ s · (x Aᵀ) Bᵀ)`.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use tune_adapters::{Dropout, Lora};
 use tune_kernels::bf16::Layer;
-use tune_kernels::{FrozenVector, FrozenWeight, frozen_linear};
+use tune_kernels::{Vector, Weight, frozen_linear};
 
-/// A frozen linear layer, dense or quantised, with an optional adapter. Models only call `forward`.
+/// A linear layer, dense or quantised, with an optional adapter. Models only call `forward`.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    /// `[d_out, d_in]`, in its stored form.
-    pub weight: FrozenWeight,
+    /// `[d_out, d_in]`.
+    pub weight: Weight,
     /// `[d_out]`.
-    pub bias: Option<FrozenVector>,
-    /// The trainable update.
+    pub bias: Option<Vector>,
+    /// The trainable update of a frozen weight.
     pub adapter: Option<Lora>,
 }
 
@@ -22,13 +22,19 @@ impl Linear {
     /// - x: `[tokens, d_in]`
     /// - output: `[tokens, d_out]`
     pub fn forward(&self, x: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
-        let y = match &self.adapter {
-            Some(adapter) => adapter.forward(x, &self.weight, dropout),
-            None => frozen_linear(x, &self.weight),
+        let y = match (&self.adapter, &self.weight) {
+            (Some(adapter), weight) => adapter.forward(x, &weight.stored(), dropout),
+            (None, Weight::Trained(weight)) if weight.is_autodiff() => x.matmul(weight.clone().transpose()),
+            (None, weight) => frozen_linear(x, &weight.stored()),
         };
-        let Some(bias) = &self.bias else { return y };
-        let bias = bias.tensor(&y.device().inner()).unsqueeze();
-        if y.is_autodiff() { y + bias.autodiff() } else { y + bias }
+        match &self.bias {
+            None => y,
+            Some(Vector::Trained(bias)) => y + bias.clone(),
+            Some(Vector::Frozen(bias)) => {
+                let bias = bias.tensor(&y.device().inner()).unsqueeze();
+                if y.is_autodiff() { y + bias.autodiff() } else { y + bias }
+            }
+        }
     }
 
     /// The layer as part of a projection.
@@ -41,8 +47,26 @@ impl Linear {
         }
     }
 
-    /// The same layer with its adapter as a leaf of a fresh autodiff graph.
+    /// The same layer with what is trained of it as leaves of a fresh autodiff graph.
     pub fn tracked(&self) -> Self {
-        Self { adapter: self.adapter.as_ref().map(Lora::tracked), ..self.clone() }
+        Self {
+            weight: self.weight.tracked(),
+            bias: self.bias.as_ref().map(Vector::tracked),
+            adapter: self.adapter.as_ref().map(Lora::tracked),
+        }
+    }
+
+    /// The same layer with a trained weight and bias, and without an adapter.
+    pub fn unfrozen(&self, device: &Device) -> Self {
+        Self {
+            weight: self.weight.unfrozen(device),
+            bias: self.bias.as_ref().map(|bias| bias.unfrozen(device)),
+            adapter: None,
+        }
+    }
+
+    /// Whether anything of it is trained.
+    pub fn is_trained(&self) -> bool {
+        self.adapter.is_some() || self.weight.trained().is_some()
     }
 }

@@ -1,5 +1,6 @@
 //! `tune export`: a trained run as GGUF, safetensors or PEFT.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,15 +12,17 @@ use tune_export::{
     ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention,
     Verification, export,
 };
-use tune_formats::peft::{self, Adapter};
+use tune_formats::peft::{self, Adapter, AdapterConfig};
 use tune_formats::{BaseModel, Source};
 use tune_hub::ModelRef;
-use tune_recipe::{Quantization, RunSpec, Verify};
+use tune_models::Llama;
+use tune_recipe::{Method, Quantization, RunSpec, Verify};
 use tune_train::RunFolder;
 
 use crate::download;
 use crate::exit::UsageError;
 use crate::inputs::Inputs;
+use crate::model::trained_base;
 
 /// Below this much of the update, answers are closer to the base's than to the trained ones.
 const LEAST_KEPT: f64 = 0.9;
@@ -54,9 +57,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let target = parse_target(&args.to)?;
     let folder = RunFolder::new(&args.run);
     let spec = if folder.recipe().is_file() { Some(tune_recipe::load(&folder.recipe(), &[])?) } else { None };
-    let adapter = read_adapter(&folder, spec.is_some())?;
+    let trains_all = spec.as_ref().is_some_and(|spec| spec.adapter.method == Method::Full);
+    if trains_all {
+        refuse_adapters(target)?;
+    }
+    let adapter = if trains_all { no_adapter() } else { read_adapter(&folder, spec.is_some())? };
     let reference = base_reference(args, spec.as_ref(), &adapter)?;
-    let base = tune_formats::open(&download::resolve(&ModelRef::parse(&reference)?, false)?.path)?;
+    let path = download::resolve(&ModelRef::parse(&reference)?, false)?.path;
+    let base = if trains_all { trained_base(&folder, &path)? } else { tune_formats::open(&path)? };
     let tokenizer = Tokenizer::from_base(&base)?;
 
     let name = spec.as_ref().map_or_else(|| name_of(&args.run), |spec| spec.run.name.clone());
@@ -84,19 +92,55 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Refuses a run's targets that could not be written, before it has trained for hours.
-pub fn check_targets(targets: &[String]) -> Result<()> {
-    targets.iter().try_for_each(|target| parse_target(target).map(|_| ()))
+pub fn check_targets(spec: &RunSpec) -> Result<()> {
+    spec.export.targets.iter().try_for_each(|target| match (parse_target(target)?, spec.adapter.method) {
+        (target, Method::Full) => refuse_adapters(target),
+        _ => Ok(()),
+    })
+}
+
+/// Where all weights were trained there is no adapter to write.
+fn refuse_adapters(target: ExportTarget) -> Result<()> {
+    match target {
+        ExportTarget::GgufLora | ExportTarget::Peft => Err(UsageError::report(
+            format!("\"{target}\" is an adapter, and a run with adapter.type = \"full\" trains none"),
+            "export the trained weights: safetensors, gguf:f16, gguf:q8_0",
+        )),
+        ExportTarget::Gguf(_) | ExportTarget::Safetensors => Ok(()),
+    }
+}
+
+/// Trained weights need no update.
+fn no_adapter() -> Adapter {
+    Adapter { config: AdapterConfig::default(), layers: BTreeMap::new() }
+}
+
+/// Writes the weights of a run that trains all of them into its folder, exactly, as a Hugging Face model.
+pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -> Result<()> {
+    let Some(weights) = model.trained_weights() else { return Ok(()) };
+    let base = BaseModel { weights: Box::new(weights), ..tune_formats::open(&inputs.resolved.path)? };
+    let job = Job {
+        name: &inputs.spec.run.name,
+        reference: &inputs.spec.model.base,
+        base: &base,
+        adapter: &no_adapter(),
+        tokenizer: &inputs.tokenizer,
+        spec: Some(&inputs.spec),
+    };
+    job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
 
 /// Writes one of a run's own targets into its folder and gives the path.
 pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<PathBuf> {
     let spec = &inputs.spec;
     let target = parse_target(target)?;
-    let adapter = read_adapter(folder, true)?;
+    let trains_all = spec.adapter.method == Method::Full;
+    let adapter = if trains_all { no_adapter() } else { read_adapter(folder, true)? };
+    let trained = if trains_all { Some(trained_base(folder, &inputs.resolved.path)?) } else { None };
     let job = Job {
         name: &spec.run.name,
         reference: &spec.model.base,
-        base: &inputs.base,
+        base: trained.as_ref().unwrap_or(&inputs.base),
         adapter: &adapter,
         tokenizer: &inputs.tokenizer,
         spec: Some(spec),

@@ -1,4 +1,4 @@
-//! `tune train`: a recipe, from its base and rows to a trained and exported adapter.
+//! `tune train`: a recipe, from its base and rows to a trained and exported adapter, or to a trained model.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use indicatif::{HumanBytes, HumanDuration};
 use miette::IntoDiagnostic;
 use owo_colors::{OwoColorize, Stream};
 use tune_data::{BatchOptions, Batcher};
-use tune_recipe::{Method, Override, Resume, RunSpec};
+use tune_recipe::{Method, Override, Quantization, Resume, RunSpec};
 use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
 
 use super::export;
@@ -61,6 +61,10 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         say(format!("note      {note}"));
     }
     let base = &inputs.base;
+    let trains_all = inputs.spec.adapter.method == Method::Full;
+    if trains_all && inputs::facts(base).quantized {
+        say("note      the base is quantised: its decoded weights are where training starts".into());
+    }
     say(format!("base      {} ({})", inputs.resolved.reference, inputs.resolved.origin));
     let dataset = inputs.dataset()?;
     let report = &dataset.report;
@@ -115,6 +119,9 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         });
         return Ok(ExitCode::from(INTERRUPTED));
     }
+    if trains_all {
+        export::write_trained_model(&folder, &inputs, &outcome.model)?;
+    }
     report_end(&folder, &gate, &say)?;
 
     // What it learned, and what it becomes.
@@ -126,7 +133,8 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         say(format!("exported  {} ({target})", path.display()));
     }
     if spec.export.targets.is_empty() {
-        say(format!("next      tune export {} --to gguf-lora --out adapter.gguf", folder.root().display()));
+        let target = if trains_all { "gguf:f16 --out model.gguf" } else { "gguf-lora --out adapter.gguf" };
+        say(format!("next      tune export {} --to {target}", folder.root().display()));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -134,12 +142,20 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
 /// What a recipe may say and this version cannot do is refused before the run, not after it.
 pub fn refuse_what_is_not_there(spec: &RunSpec) -> miette::Result<()> {
     if spec.adapter.method == Method::Full {
-        return Err(UsageError::report(
-            "adapter.type = \"full\" can be planned but not trained by this version",
-            "use \"lora\", or \"qlora\" over a quantised base",
-        ));
+        if spec.model.quantization == Quantization::Nf4 {
+            return Err(UsageError::report(
+                "model.quantization = \"nf4\" is for frozen weights, and adapter.type = \"full\" trains all of them",
+                "leave model.quantization out, or use adapter.type = \"qlora\"",
+            ));
+        }
+        if spec.adapter.init_adapter.is_some() {
+            return Err(UsageError::report(
+                "adapter.init_adapter is an adapter to go on with, and adapter.type = \"full\" trains none",
+                "export the adapter merged (tune export RUN --to safetensors) and name that folder in model.base",
+            ));
+        }
     }
-    export::check_targets(&spec.export.targets)
+    export::check_targets(spec)
 }
 
 fn overrides(args: &Args) -> Vec<Override> {
@@ -222,7 +238,10 @@ fn report_end(folder: &RunFolder, gate: &Gate, say: &dyn Fn(String)) -> miette::
             HumanBytes(planned)
         ));
     }
-    say(format!("adapter   {}", folder.adapter().display()));
+    match folder.model() {
+        model if model.is_dir() => say(format!("model     {}", model.display())),
+        _ => say(format!("adapter   {}", folder.adapter().display())),
+    }
     Ok(())
 }
 
