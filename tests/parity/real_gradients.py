@@ -19,6 +19,8 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file

@@ -2,10 +2,12 @@
 //!
 //! Kernels work on plain slices. A loop written inside [`vectorised!`] is compiled once for the baseline of the
 //! target and again for AVX2 and AVX-512, and the widest version that the processor has is chosen at run time.
-//! No version uses fused multiply-add, so they all give the same bits.
+//! No version uses fused multiply-add, so they all give the same bits. The exception is [`matvec`], whose loops are
+//! written for each instruction set.
 
 mod buffer;
 mod flex;
+mod instruction_set;
 mod math;
 mod matmul;
 mod matvec;
@@ -13,6 +15,7 @@ mod panels;
 
 pub(crate) use buffer::{SharedSlots, Unwritten, Value, as_slots, with_scratch};
 pub(crate) use flex::{contiguous, from_values, values};
+pub(crate) use instruction_set::InstructionSet;
 pub(crate) use math::{
     LANES, add_lanes, dot, dot3, exp, exp_sum, exp2_for_bf16, max, scale_in_place, sum_of_exp,
 };
@@ -40,19 +43,14 @@ macro_rules! vectorised {
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     portable($($arg),*)
                 }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                {
+                match $crate::cpu::InstructionSet::best() {
                     // SAFETY: the processor has every feature that the function is compiled for.
                     #[allow(unsafe_code)]
-                    return unsafe { avx512($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: the processor has the feature that the function is compiled for.
+                    $crate::cpu::InstructionSet::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
                     #[allow(unsafe_code)]
-                    return unsafe { avx2($($arg),*) };
+                    $crate::cpu::InstructionSet::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::cpu::InstructionSet::Portable => {}
                 }
             }
             portable($($arg),*)

@@ -10,7 +10,7 @@
 
 use half::bf16;
 
-use crate::cpu::vectorised;
+use crate::cpu::{InstructionSet, vectorised};
 
 /// Columns of a panel.
 pub(super) const WIDTH: usize = 32;
@@ -101,10 +101,7 @@ pub(super) fn multiply(
 pub fn is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
+        is_x86_feature_detected!("avx512bf16") && InstructionSet::best() == InstructionSet::Avx512
     }
     #[cfg(not(target_arch = "x86_64"))]
     false

@@ -208,14 +208,14 @@ of_instruction_set!(
 
 #[inline(always)]
 fn times_block_rows<S: Lanes, B: Block<BYTES>, const BYTES: usize, const M: usize>(
-    job: Job,
+    Job { w, first, tokens, products }: Job,
     bytes: &[u8],
     x: [&[Line]; M],
 ) {
-    let row_bytes = bytes.len() / job.w.rows();
-    let order = job.w.row_order();
-    for (i, products) in job.products.chunks_exact_mut(job.tokens).enumerate() {
-        let start = order.stored_row(job.first + i) * row_bytes;
+    let row_bytes = bytes.len() / w.rows();
+    let order = w.row_order();
+    for (i, products) in products.chunks_exact_mut(tokens).enumerate() {
+        let start = order.stored_row(first + i) * row_bytes;
         let (blocks, rest) = bytes[start..start + row_bytes].as_chunks::<BYTES>();
         let mut sums = Sums::<S, M>::new(x);
         for (i, block) in blocks.iter().enumerate() {
@@ -232,21 +232,25 @@ fn times_block_rows<S: Lanes, B: Block<BYTES>, const BYTES: usize, const M: usiz
 }
 
 #[inline(always)]
-fn times_nf4_rows<S: Lanes, const M: usize>(job: Job, parts: &Nf4Parts, x: [&[Line]; M]) {
-    let (map, blocks) = (dynamic_map(), job.w.cols() / tune_quant::nf4::BLOCK);
-    for (i, products) in job.products.chunks_exact_mut(job.tokens).enumerate() {
+fn times_nf4_rows<S: Lanes, const M: usize>(
+    Job { w, first, tokens, products }: Job,
+    parts: &Nf4Parts,
+    x: [&[Line]; M],
+) {
+    let (map, blocks) = (dynamic_map(), w.cols() / tune_quant::nf4::BLOCK);
+    for (i, products) in products.chunks_exact_mut(tokens).enumerate() {
         let mut sums = Sums::<S, M>::new(x);
-        nf4::add_row(parts, map, (job.first + i) * blocks, blocks, &mut sums);
+        nf4::add_row(parts, map, (first + i) * blocks, blocks, &mut sums);
         sums.write(products);
     }
 }
 
 /// For the storage types without a decoder here: each row is decoded into the first-level cache.
-fn times_decoded_rows<const M: usize>(job: Job, x: [&[Line]; M]) {
-    let cols = job.w.cols();
+fn times_decoded_rows<const M: usize>(Job { w, first, tokens, products }: Job, x: [&[Line]; M]) {
+    let cols = w.cols();
     let mut row = vec![0.0; cols];
-    for (i, products) in job.products.chunks_exact_mut(job.tokens).enumerate() {
-        job.w.decode_row(job.first + i, &mut row);
+    for (i, products) in products.chunks_exact_mut(tokens).enumerate() {
+        w.decode_row(first + i, &mut row);
         for (product, x) in products.iter_mut().zip(x) {
             *product = dot(&as_floats(x)[..cols], &row);
         }
@@ -292,6 +296,7 @@ impl<'a, S: Lanes, const M: usize> Sums<'a, S, M> {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp)]
 mod tests {
     use tune_quant::RowOrder;
 

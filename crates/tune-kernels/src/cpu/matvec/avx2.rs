@@ -5,6 +5,7 @@
     reason = "a vector instruction is one only where it is inlined into a function compiled for its set"
 )]
 
+#[allow(clippy::wildcard_imports, reason = "intrinsics")]
 use std::arch::x86_64::*;
 
 use super::lanes::Lanes;
@@ -123,7 +124,7 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn nibbles_high_first(bytes: &[u8; 8]) -> Self::Codes {
+    fn nibbles_high_first(bytes: [u8; 8]) -> Self::Codes {
         let at = bytes.as_ptr();
         unsafe {
             let low = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(at.cast::<i32>().read_unaligned()));

@@ -5,6 +5,7 @@
     reason = "a vector instruction is one only where it is inlined into a function compiled for its set"
 )]
 
+#[allow(clippy::wildcard_imports, reason = "intrinsics")]
 use std::arch::x86_64::*;
 
 use super::lanes::Lanes;
@@ -87,7 +88,7 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn nibbles_high_first(bytes: &[u8; 8]) -> Self::Codes {
+    fn nibbles_high_first(bytes: [u8; 8]) -> Self::Codes {
         unsafe {
             let pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64(bytes.as_ptr().cast()));
             _mm512_or_si512(_mm512_srli_epi64::<4>(pairs), _mm512_slli_epi64::<32>(pairs))

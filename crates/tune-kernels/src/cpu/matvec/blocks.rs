@@ -164,16 +164,16 @@ impl Block<176> for Q5K {
         let [scales, offsets] = scales_and_offsets::<S>(part(block, 0));
         let mut fifth = [S::unsigned(part(block, 16)), S::unsigned(part(block, 32))];
         for c in 0..4 {
-            for l in 0..2 {
+            for (l, fifth) in fifth.iter_mut().enumerate() {
                 let codes = S::unsigned(part(block, 48 + 32 * c + 16 * l));
-                let low = S::or(S::and(codes, 15), S::and(S::shift_left::<4>(fifth[l]), 16));
-                let high = S::or(S::shift_right::<4>(codes), S::and(S::shift_left::<3>(fifth[l]), 16));
+                let low = S::or(S::and(codes, 15), S::and(S::shift_left::<4>(*fifth), 16));
+                let high = S::or(S::shift_right::<4>(codes), S::and(S::shift_left::<3>(*fifth), 16));
                 for (half, codes) in [low, high].into_iter().enumerate() {
                     let (scale, offset) = (scales[2 * c + half], offsets[2 * c + half]);
                     let values = S::to_floats(codes).mul_add(S::splat(scale), S::splat(offset));
                     sums.add(col, 4 * c + 2 * half + l, values);
                 }
-                fifth[l] = S::shift_right::<2>(fifth[l]);
+                *fifth = S::shift_right::<2>(*fifth);
             }
         }
     }

@@ -38,7 +38,7 @@ pub(super) trait Lanes: Copy {
     /// Sixteen signed bytes.
     fn signed(bytes: &[u8; 16]) -> Self::Codes;
     /// The sixteen nibbles of eight bytes, the high one of each byte first, with other bits above them.
-    fn nibbles_high_first(bytes: &[u8; 8]) -> Self::Codes;
+    fn nibbles_high_first(bytes: [u8; 8]) -> Self::Codes;
     /// 16 in the lanes whose bit is set, else 0.
     fn bit_as_16(bits: u16) -> Self::Codes;
     /// Bits `SHIFT ..` of each code; of a code that is not negative.
@@ -147,7 +147,7 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn nibbles_high_first(bytes: &[u8; 8]) -> Self::Codes {
+    fn nibbles_high_first(bytes: [u8; 8]) -> Self::Codes {
         std::array::from_fn(|i| i32::from(bytes[i / 2]) >> (4 * (1 - i % 2)))
     }
 

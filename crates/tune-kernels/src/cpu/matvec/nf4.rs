@@ -21,15 +21,14 @@ pub(super) fn add_row<S: Lanes, const M: usize>(
     blocks: usize,
     sums: &mut Sums<S, M>,
 ) {
-    let codes: &[[f32; 16]] = std::slice::from_ref(&nf4::CODES);
     let bytes = parts.packed[first_block * nf4::BLOCK / 2..].as_chunks::<{ nf4::BLOCK / 2 }>().0;
     for (i, bytes) in bytes[..blocks].iter().enumerate() {
         let block = first_block + i;
         let nested = parts.nested_absmax[block / nf4::NESTED_BLOCK];
         let absmax = map[usize::from(parts.absmax_codes[block])] * nested + parts.offset;
-        let table = S::load(&codes[0]).mul(S::splat(absmax));
+        let table = S::load(&nf4::CODES).mul(S::splat(absmax));
         for run in 0..4 {
-            let values = S::lookup(table, S::nibbles_high_first(part(bytes, 8 * run)));
+            let values = S::lookup(table, S::nibbles_high_first(*part(bytes, 8 * run)));
             sums.add(i * nf4::BLOCK, run, values);
         }
     }

@@ -1,0 +1,63 @@
+//! The instructions that the kernels of this crate use, chosen when the program runs.
+
+use std::sync::OnceLock;
+
+/// From narrow to wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum InstructionSet {
+    /// What the program was compiled for.
+    Portable,
+    /// AVX2.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl InstructionSet {
+    /// The widest that this processor has, or a narrower one that `TUNE_CPU` names (`portable`, `avx2`): to measure
+    /// and to test what other processors run.
+    pub(crate) fn best() -> Self {
+        static BEST: OnceLock<InstructionSet> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let most = match std::env::var("TUNE_CPU").as_deref() {
+                Ok("portable") => Self::Portable,
+                Ok("avx2") => Self::Avx2,
+                _ => Self::Avx512,
+            };
+            Self::widest().min(most)
+        })
+    }
+
+    fn widest() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            match (avx512, is_x86_feature_detected!("avx2")) {
+                (true, true) => Self::Avx512,
+                (false, true) => Self::Avx2,
+                (_, false) => Self::Portable,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        Self::Portable
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Runs all other tests of this crate once more for each narrower set.
+    #[test]
+    fn every_instruction_set_passes_the_tests() {
+        if std::env::var_os("TUNE_CPU").is_some() {
+            return;
+        }
+        let tests = std::env::current_exe().expect("path of the tests");
+        for narrower in ["avx2", "portable"] {
+            let run = std::process::Command::new(&tests).env("TUNE_CPU", narrower).output().expect("starts");
+            assert!(run.status.success(), "{narrower}: {}", String::from_utf8_lossy(&run.stdout));
+        }
+    }
+}
