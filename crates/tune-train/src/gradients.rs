@@ -72,7 +72,7 @@ impl GradientSum {
                 block.forward(x, &context)
             } else {
                 let (graph, y) = Graph::of(block, x, &context, wants_dx(i));
-                kept.push(Kept::Graph(Box::new(graph)));
+                kept.push(Kept::Graph(graph));
                 y
             }
         });
@@ -82,7 +82,7 @@ impl GradientSum {
         for (i, (block, kept)) in blocks.iter().zip(kept).enumerate().rev() {
             let Some(dy) = upstream.take() else { break };
             let Graph { mut block, input, output } = match kept {
-                Kept::Graph(graph) => *graph,
+                Kept::Graph(graph) => graph,
                 Kept::Input(x) => Graph::of(block, x, &context, wants_dx(i)).0,
             };
             let mut tape = seed_gradient(output, dy).backward();
@@ -147,9 +147,10 @@ fn add(sums: &mut Vec<Tensor<2>>, gradients: Vec<Tensor<2>>) {
 }
 
 /// What is kept of a block's forward pass: its input, to run it again, or its graph.
+#[allow(clippy::large_enum_variant, reason = "one for each block")]
 enum Kept {
     Input(Tensor<2>),
-    Graph(Box<Graph>),
+    Graph(Graph),
 }
 
 /// A block's forward pass with a graph. Of its input and output only the places in the graph are held: their values

@@ -351,6 +351,7 @@ impl ProjectKernels for Flex {
         (y, Saved { input, inverse_rms, h, pairs, spec })
     }
 
+    #[allow(clippy::too_many_lines, reason = "products that run side by side are listed together")]
     fn backward(
         saved: Saved<Self>,
         dy: FlexTensor,
