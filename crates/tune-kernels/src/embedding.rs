@@ -37,14 +37,14 @@ pub fn embedding(w: &FrozenWeight, ids: &[u32], device: &Device) -> Tensor<2> {
 ///
 /// # Panics
 /// When the shapes do not agree, or an id is not below `vocab`.
-pub fn add_embedding_gradient(gradient: Tensor<2>, ids: &[u32], dy: Tensor<2>) -> Tensor<2> {
+pub fn add_embedding_gradient(gradient: Tensor<2>, ids: &[u32], dy: &Tensor<2>) -> Tensor<2> {
     let [vocab, d_model] = gradient.dims();
     assert_eq!(
         dy.dims(),
         [ids.len(), d_model],
         "add_embedding_gradient: dy for a table [{vocab}, {d_model}]"
     );
-    let dy = flex(&dy);
+    let dy = flex(dy);
     let dy: &[f32] = cpu::values(&dy);
     let gradient =
         gradient.try_into_primitive::<Flex>().expect("a tensor of the CPU backend, without a graph");
@@ -87,7 +87,7 @@ mod tests {
                 want[3 * id + i] += dy;
             }
         }
-        assert_eq!(values(add_embedding_gradient(gradient, &[5, 0, 5], dy)), want);
+        assert_eq!(values(add_embedding_gradient(gradient, &[5, 0, 5], &dy)), want);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::{FrozenVector, FrozenWeight, cpu};
 
 /// A matrix `[d_out, d_in]`.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a handle; a model has a few for each layer")]
 pub enum Weight {
     /// Shared, in its stored form, outside every graph.
     Frozen(FrozenWeight),
@@ -100,6 +101,7 @@ impl From<StoredMatrix> for Weight {
 
 /// A vector, such as a bias or the gain of a norm.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a handle; a model has a few for each layer")]
 pub enum Vector {
     /// Shared, outside every graph.
     Frozen(FrozenVector),

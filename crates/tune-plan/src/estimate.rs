@@ -94,7 +94,7 @@ impl PlanInput {
         if fits(all) {
             return with(all);
         }
-        // More kept blocks never need less memory.
+        // Below all of them, more kept blocks never need less memory.
         let (mut fitting, mut too_many) = (0, all);
         while too_many - fitting > 1 {
             let middle = fitting.midpoint(too_many);
@@ -188,8 +188,7 @@ pub fn estimate(input: &PlanInput) -> MemoryPlan {
     let parameters = input.shape.parameters();
     let estimate = Counted::new(input, &FLEX).estimate();
     // Pages that were only read once give way under pressure: they count for what is seen, not for what fits.
-    let passing = if input.method == Method::Full { input.weights.held } else { input.weights.passing };
-    let needed = estimate.upper_bytes - passing.min(estimate.upper_bytes);
+    let needed = estimate.upper_bytes - input.weights.passing.min(estimate.upper_bytes);
     MemoryPlan {
         model: input.model.clone(),
         parameters,
@@ -314,13 +313,11 @@ impl<'a> Counted<'a> {
             }
         }
         self.push("optimizer state", product(&[2 * F32, n]), format!("AdamW: 2 × 4 bytes × {n}"));
+        self.push("gradients", product(&[F32, n]), format!("4 bytes × {n}"));
         if input.gradient_accumulation_steps > 1 {
             // A block's gradients are added to the sum before those of the next one are made.
-            let of_block = self.trained_of_a_block();
-            self.push("gradient sum", product(&[F32, n]), format!("accumulation: 4 bytes × {n}"));
-            self.push("gradients", product(&[F32, of_block]), format!("1 block: 4 bytes × {of_block}"));
-        } else {
-            self.push("gradients", product(&[F32, n]), format!("4 bytes × {n}"));
+            let n = self.trained_of_a_block();
+            self.push("gradients of a block", product(&[F32, n]), format!("accumulation: 4 bytes × {n}"));
         }
         let process = c.process_bytes.saturating_add(product(&[c.bytes_per_vocabulary_entry, vocab]));
         self.push("process", process, format!("program, tokenizer of {vocab} entries"));
@@ -396,7 +393,8 @@ impl<'a> Counted<'a> {
     fn estimate(self) -> Estimate {
         const LOSS: [&str; 4] =
             ["logits", "transposed logits", "gradient of the head", "hidden states of the loss"];
-        const BLOCK: [&str; 3] = ["gradients", "block activations", "block gradients"];
+        const BLOCK: [&str; 4] =
+            ["gradients", "gradients of a block", "block activations", "block gradients"];
         const BACKWARD: [&str; 2] = ["block inputs", "activations"];
         const STEP: [&str; 1] = ["gradients"];
         let only_in =
@@ -416,8 +414,10 @@ impl<'a> Counted<'a> {
             let names = terms.iter().map(|term| term.name).collect();
             (PhaseBytes { name, bytes: fixed.saturating_add(allocated), terms: names }, upper)
         };
+        // From the second micro-batch on.
+        let accumulates = self.input.gradient_accumulation_steps > 1;
         let phases = [
-            phase("loss", &[&LOSS, &BACKWARD]),
+            phase("loss", if accumulates { &[&LOSS, &BACKWARD, &STEP] } else { &[&LOSS, &BACKWARD] }),
             phase("block", &[&BLOCK, &BACKWARD]),
             phase("step", &[&STEP]),
         ];

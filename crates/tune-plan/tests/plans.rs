@@ -146,7 +146,8 @@ proptest! {
         change(&|i| i.rank += more);
         change(&|i| i.sequence_len += more);
         change(&|i| i.micro_batch_size += more);
-        change(&|i| i.kept_blocks += more);
+        // The last block that keeps its activations saves the inputs of those that do not.
+        change(&|i| i.kept_blocks = (i.kept_blocks + more).min(i.shape.num_hidden_layers - 1).max(i.kept_blocks));
         change(&|i| i.gradient_accumulation_steps += more);
         change(&|i| i.shape.vocab_size += more * 1000);
         change(&|i| i.shape.num_hidden_layers += more);

@@ -94,7 +94,7 @@ impl GradientSum {
         if let Some(dx) = upstream.filter(|_| trains_embedding) {
             let zero = || Tensor::zeros([model.embedding().rows(), model.embedding().cols()], model.device());
             let sum = self.embedding.pop().unwrap_or_else(zero);
-            self.embedding.push(add_embedding_gradient(sum, &batch.input_ids, dx));
+            self.embedding.push(add_embedding_gradient(sum, &batch.input_ids, &dx));
         }
         loss
     }
@@ -147,6 +147,7 @@ fn add(sums: &mut Vec<Tensor<2>>, gradients: Vec<Tensor<2>>) {
 }
 
 /// What is kept of a block's forward pass: its input, to run it again, or its graph.
+#[allow(clippy::large_enum_variant, reason = "one for each block")]
 enum Kept {
     Input(Tensor<2>),
     Graph(Graph),

@@ -40,6 +40,7 @@ use crate::{FrozenVector, FrozenWeight, Vector, Weight};
 
 /// What the layers read.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "made for one projection and taken apart there")]
 pub enum Input {
     /// `bf16` `[tokens, d_in]`, as it is.
     Plain(Tensor<2>),
@@ -217,6 +218,10 @@ impl Spec {
         self.layers.iter().map(|layer| layer.weight.rows()).sum()
     }
 
+    fn is_trained(&self) -> bool {
+        self.layers.iter().any(|layer| layer.is_trained)
+    }
+
     /// The columns of y that each layer makes.
     fn columns(&self) -> Vec<Range<usize>> {
         let widths = self.layers.iter().map(|layer| layer.weight.rows());
@@ -346,6 +351,7 @@ impl ProjectKernels for Flex {
         (y, Saved { input, inverse_rms, h, pairs, spec })
     }
 
+    #[allow(clippy::too_many_lines, reason = "products that run side by side are listed together")]
     fn backward(
         saved: Saved<Self>,
         dy: FlexTensor,
@@ -391,8 +397,7 @@ impl ProjectKernels for Flex {
         let (h_t, dh_t) =
             (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
         let mut du = DInput::new(wants_x || wants_gain, tokens, &spec);
-        let is_trained = spec.layers.iter().any(|layer| layer.is_trained);
-        let dy_t = if is_trained { transposed(dy, tokens, d_out) } else { Vec::new() };
+        let dy_t = if spec.is_trained() { transposed(dy, tokens, d_out) } else { Vec::new() };
         let mut of_pairs: Vec<Unwritten> =
             pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
         let slots: Vec<SharedSlots> = of_pairs.iter_mut().map(|v| SharedSlots::new(v.slots())).collect();
@@ -436,9 +441,7 @@ impl ProjectKernels for Flex {
             #[allow(unsafe_code)]
             let d_bias =
                 unsafe { slots[2 * layer + 1].range(0, pairs[2 * layer + 1].shape().num_elements()) };
-            for (d_bias, dy) in d_bias.iter_mut().zip(dy.chunks_exact(depth.max(1))) {
-                d_bias.write(dy.iter().map(|dy| f64::from(widen(*dy))).sum::<f64>() as f32);
-            }
+            sum_rows(dy, depth, d_bias);
         }
         if wants_x || wants_gain {
             let mut terms = Vec::new();
@@ -729,6 +732,13 @@ impl DInput {
                 (Some(cpu::from_values(dx, [tokens, d_in])), gain)
             }
         }
+    }
+}
+
+/// The sum of each row of `depth` values.
+fn sum_rows(values: &[bf16], depth: usize, sums: &mut [MaybeUninit<f32>]) {
+    for (sum, row) in sums.iter_mut().zip(values.chunks_exact(depth.max(1))) {
+        sum.write(row.iter().map(|value| f64::from(widen(*value))).sum::<f64>() as f32);
     }
 }
 
