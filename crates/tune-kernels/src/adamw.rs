@@ -92,7 +92,13 @@ impl AdamW for Flex {
         v: FlexTensor,
         factors: AdamWFactors,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        let [mut parameter, gradient, mut m, mut v] = [parameter, gradient, m, v].map(cpu::contiguous);
+        // A view of a larger buffer is copied: the loop goes over whole buffers.
+        let [mut parameter, mut m, mut v] = [parameter, m, v].map(|tensor| {
+            let whole =
+                tensor.is_contiguous() && cpu::values::<f32>(&tensor).len() * 4 == tensor.bytes().len();
+            if whole { tensor } else { FlexTensor::from_data(tensor.into_data()) }
+        });
+        let gradient = cpu::contiguous(gradient);
         let gradients: &[f32] = cpu::values(&gradient);
         parameter
             .storage_mut::<f32>()

@@ -48,7 +48,8 @@ pub fn add_embedding_gradient(gradient: Tensor<2>, ids: &[u32], dy: &Tensor<2>) 
     let dy: &[f32] = cpu::values(&dy);
     let gradient =
         gradient.try_into_primitive::<Flex>().expect("a tensor of the CPU backend, without a graph");
-    let mut gradient = gradient.to_contiguous();
+    // In place, unless somebody else holds it.
+    let mut gradient = if gradient.is_contiguous() { gradient } else { gradient.to_contiguous() };
     let sums = gradient.storage_mut::<f32>();
     for (id, dy) in ids.iter().zip(dy.chunks_exact(d_model.max(1))) {
         let id = *id as usize;

@@ -3,14 +3,14 @@
 //! ```text
 //! static = base weights + adapters + optimizer state + process
 //! loss   = static + gradients so far + block inputs + loss, with the gradient of a trained head
-//! block  = static + gradients + block inputs, activations of kept blocks + one block's activations and gradients
+//! block  = static + gradients + block inputs + activations of the kept blocks, or of one + one block's gradients
 //! step   = static + gradients, since AdamW changes parameters and moments in place
 //! peak   = max(loss, block, step)
 //! ```
 //!
 //! The loss and a block's activations never live at the same time, so a sum of everything would be too much. The
 //! form follows the model of activations in Korthikanti et al. 2022 (arXiv 2205.05198); the counts are those of
-//! our own operations, which save for backward only what is listed in [`saved_elements`].
+//! our own operations, which save for backward only what is listed at [`saved_bytes`].
 
 use serde::Serialize;
 use tune_recipe::{Dtype, Layers, Method, RunSpec, TargetModules};
@@ -50,6 +50,8 @@ pub struct PlanInput {
     pub gradient_accumulation_steps: u64,
     /// Type in which activations are computed.
     pub dtype: Dtype,
+    /// Whether adapters drop inputs while they train: then blocks compute in `f32` and keep each mask.
+    pub dropout: bool,
     /// Blocks that keep their activations for backward; of the others only the input is kept, and they run again.
     pub kept_blocks: u64,
     /// Bytes that the run may use, if that is known.
@@ -77,24 +79,26 @@ impl PlanInput {
             micro_batch_size: spec.train.micro_batch_size as u64,
             gradient_accumulation_steps: spec.train.gradient_accumulation_steps as u64,
             dtype: spec.model.dtype,
+            dropout: spec.adapter.lora_dropout > 0.0 && spec.adapter.method != Method::Full,
             kept_blocks: if spec.train.gradient_checkpointing { 0 } else { shape.num_hidden_layers },
             budget_bytes,
         }
     }
 
-    /// The same with as many kept blocks as fit in the budget, unless `spec` says how many.
+    /// The same with as many kept blocks as fit in the budget, unless `spec` says how many. Without a known budget
+    /// none: what does not fit would end the run.
     #[must_use]
     pub fn keep_what_fits(self, spec: &RunSpec) -> Self {
         if spec.origins.is_written("train.gradient_checkpointing") {
             return self;
         }
         let with = |kept_blocks| Self { kept_blocks, ..self.clone() };
-        let fits = |kept_blocks| estimate(&with(kept_blocks)).fits.unwrap_or(true);
+        let fits = |kept_blocks| estimate(&with(kept_blocks)).fits.unwrap_or(false);
         let all = self.shape.num_hidden_layers;
         if fits(all) {
             return with(all);
         }
-        // Below all of them, more kept blocks never need less memory.
+        // From one on and below all of them, more kept blocks never need less memory.
         let (mut fitting, mut too_many) = (0, all);
         while too_many - fitting > 1 {
             let middle = fitting.midpoint(too_many);
@@ -233,12 +237,17 @@ pub fn rough(model: String, reference: Reference, budget_bytes: Option<u64>) -> 
 /// arithmetic in `f32` see [`saved_elements`].
 pub(crate) fn saved_bytes(input: &PlanInput) -> u64 {
     let s = &input.shape;
-    if input.dtype == Dtype::F32 {
+    if computes_in_f32(input) {
         return product(&[saved_elements(input), F32]);
     }
     let halves = 2 * s.hidden_size + 2 * s.q() + 2 * s.kv() + 2 * s.intermediate_size + adapted_ranks(input);
     let floats = s.num_attention_heads + 2;
     BF16 * halves + F32 * floats
+}
+
+/// Whether blocks compute in `f32`: the fused operations in `bf16` know no dropout.
+fn computes_in_f32(input: &PlanInput) -> bool {
+    input.dtype == Dtype::F32 || input.dropout
 }
 
 /// Ranks of a block's adapters, added up.
@@ -255,7 +264,8 @@ fn adapted_ranks(input: &PlanInput) -> u64 {
 ///
 /// d `hidden_size`, q and k the widths of all query and key heads, f `intermediate_size`: the residual stream in
 /// front of the MLP and the block's output (2 d), rotated q, k, v and the attention's output (2 q + 2 k), gate and
-/// up (2 f). A frozen linear saves nothing; an adapter saves its input, once for all that share it, and `x Aᵀ`.
+/// up (2 f). A frozen linear saves nothing; an adapter saves its input, once for all that share it, and `x Aᵀ`; one with
+/// dropout its own mask and masked input. A trained gain saves the normed input (2 d).
 fn saved_elements(input: &PlanInput) -> u64 {
     let (s, full) = (&input.shape, input.method == Method::Full);
     let has = |names: &[&str]| full || names.iter().any(|name| input.target_modules.contains(name));
@@ -264,7 +274,15 @@ fn saved_elements(input: &PlanInput) -> u64 {
     for (targets, width) in
         [(&["q_proj", "k_proj", "v_proj"][..], d), (&["gate_proj", "up_proj"], d), (&["down_proj"], f)]
     {
-        elements += if has(targets) { width } else { 0 };
+        elements += if has(targets) && !input.dropout { width } else { 0 };
+    }
+    if input.dropout {
+        let linears = s.block_linears();
+        let adapted = linears.iter().filter(|(name, ..)| input.target_modules.contains(name));
+        elements += 2 * adapted.map(|(_, _, d_in)| d_in).sum::<u64>();
+    }
+    if full {
+        elements += 2 * d;
     }
     if s.qk_norm {
         elements += s.q() + s.kv();
@@ -342,15 +360,15 @@ impl<'a> Counted<'a> {
                 bytes,
                 format!("{made_again} blocks × {tokens} tokens × {d} × 4 bytes"),
             );
+        }
+        if kept == 0 {
+            // Kept blocks are gone when backward comes to the others.
             let bytes = product(&[tokens, saved]);
             self.push("block activations", bytes, format!("1 block × {tokens} tokens × {saved} bytes"));
         }
         let bytes = product(&[kept, tokens, saved]);
         self.push("activations", bytes, format!("{kept} blocks × {tokens} tokens × {saved} bytes"));
-        let passing = match input.dtype {
-            Dtype::F32 => F32 * (2 * d + 2 * f),
-            Dtype::Bf16 => F32 * 3 * d + BF16 * 4 * f,
-        };
+        let passing = if computes_in_f32(input) { F32 * (2 * d + 2 * f) } else { F32 * 3 * d + BF16 * 4 * f };
         // The transposed gradient of a projection's output.
         let passing = passing + if input.method == Method::Full { BF16 * 2 * f } else { 0 };
         let bytes = product(&[tokens, passing]);

@@ -18,6 +18,7 @@ fn input(alias: &str, method: Method) -> PlanInput {
         micro_batch_size: 1,
         gradient_accumulation_steps: 16,
         dtype: Dtype::F32,
+        dropout: false,
         kept_blocks: 0,
         budget_bytes: None,
     }
@@ -146,8 +147,13 @@ proptest! {
         change(&|i| i.rank += more);
         change(&|i| i.sequence_len += more);
         change(&|i| i.micro_batch_size += more);
-        // The last block that keeps its activations saves the inputs of those that do not.
-        change(&|i| i.kept_blocks = (i.kept_blocks + more).min(i.shape.num_hidden_layers - 1).max(i.kept_blocks));
+        // The first kept block costs what one that is made again does, and the last saves all inputs.
+        change(&|i| {
+            if i.kept_blocks > 0 && i.kept_blocks + more < i.shape.num_hidden_layers {
+                i.kept_blocks += more;
+            }
+        });
+        change(&|i| i.dropout |= i.method != Method::Full);
         change(&|i| i.gradient_accumulation_steps += more);
         change(&|i| i.shape.vocab_size += more * 1000);
         change(&|i| i.shape.num_hidden_layers += more);
@@ -177,6 +183,17 @@ proptest! {
         let plan = estimate(&PlanInput { sequence_len, micro_batch_size, ..input("smollm2:135m", Method::Lora) });
         prop_assert!(plan.estimate.peak_bytes > 0);
     }
+}
+
+/// Blocks with dropout compute in 32 bits and keep two values for each input of an adapter.
+#[test]
+fn dropout_needs_several_times_the_activations() {
+    let plain = PlanInput { dtype: Dtype::Bf16, kept_blocks: 30, ..input("smollm2:135m", Method::Qlora) };
+    let dropout = PlanInput { dropout: true, ..plain.clone() };
+    let activations = |input: &PlanInput| bytes(&estimate(input), "activations");
+    assert!(activations(&dropout) > 5 * activations(&plain));
+    let in_f32 = PlanInput { dtype: Dtype::F32, ..dropout.clone() };
+    assert_eq!(activations(&in_f32), activations(&dropout));
 }
 
 #[test]

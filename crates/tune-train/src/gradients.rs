@@ -6,8 +6,7 @@
 //!
 //! Each block has a graph of its own, and backward takes them last to first. With block checkpointing (Chen et al.
 //! 2016, arXiv 1604.06174) only the last blocks keep theirs; of the others the input is kept, and their forward
-//! pass runs again with a graph when backward comes to them. By then the graphs behind them are gone, so the peak
-//! is one block above what is kept. Blocks below the lowest adapter need neither. The gradients of a block are added to
+//! pass runs again with a graph when backward comes to them. By then the graphs behind them are gone. Blocks below the lowest adapter need neither. The gradients of a block are added to
 //! those of earlier micro-batches as soon as they are known, so there is never a second set of all of them.
 
 use burn::tensor::{Gradients, Int, Tensor};

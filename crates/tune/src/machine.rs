@@ -40,8 +40,17 @@ pub fn usable_memory() -> Option<u64> {
     Some((available / 10 * 9).min(available.saturating_sub(RESERVE)))
 }
 
-/// `MemAvailable` of Linux.
+/// `MemAvailable` of Linux, or what the control group of a container has left, where that is less.
 fn available_memory() -> Option<u64> {
+    let system = system_memory()?;
+    let number =
+        |file| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
+    let of_group =
+        number("memory.max").zip(number("memory.current")).map(|(max, used)| max.saturating_sub(used));
+    Some(of_group.map_or(system, |left| left.min(system)))
+}
+
+fn system_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

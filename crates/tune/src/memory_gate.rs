@@ -7,7 +7,7 @@ use serde_json::json;
 use tune_data::Sample;
 use tune_formats::BaseModel;
 use tune_plan::{MemoryPlan, PlanInput, Shape};
-use tune_recipe::{Budget, OnExceed, RunSpec};
+use tune_recipe::{Budget, Method, OnExceed, RunSpec};
 
 use crate::exit::DoesNotFit;
 use crate::machine;
@@ -30,18 +30,31 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::R
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
     let on_exceed = spec.memory.on_exceed;
     let mut notes = Vec::new();
-    let blocks = base.config.num_hidden_layers as u64;
+    let shape = Shape::from(&base.config);
+    let blocks = match spec.adapter.method {
+        Method::Full => shape.num_hidden_layers,
+        Method::Lora | Method::Qlora => shape.traversed_layers(&spec.adapter.layers),
+    };
     loop {
-        let shape = Shape::from(&base.config);
         let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
         input.sequence_len = longest_row(spec, rows);
         let plan = tune_plan::estimate(&input.keep_what_fits(spec));
         let fits = plan.fits.unwrap_or(true);
         match on_exceed {
-            _ if fits => return Ok(Gate { made_again: blocks - plan.kept_blocks.unwrap_or(0), plan, notes }),
+            _ if fits => {
+                return Ok(Gate {
+                    made_again: blocks.saturating_sub(plan.kept_blocks.unwrap_or(0)),
+                    plan,
+                    notes,
+                });
+            }
             OnExceed::Warn => {
                 notes.push("the run may not fit in memory (memory.on_exceed = \"warn\")".into());
-                return Ok(Gate { made_again: blocks - plan.kept_blocks.unwrap_or(0), plan, notes });
+                return Ok(Gate {
+                    made_again: blocks.saturating_sub(plan.kept_blocks.unwrap_or(0)),
+                    plan,
+                    notes,
+                });
             }
             OnExceed::Fit if spec.shrink_micro_batch() => {
                 notes.push(format!("micro_batch_size is now {}", spec.train.micro_batch_size));

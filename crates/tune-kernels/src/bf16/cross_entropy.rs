@@ -43,7 +43,7 @@ pub(crate) fn loss_and_gradient(
             *loss = log_sum - target;
         }
         if let Some(scale) = scale {
-            chunks.to_gradient(targets, scale);
+            chunks.turn_into_gradient(targets, scale);
             let out = SharedSlots::new(&mut dx.slots()[rows.start * d_model..rows.end * d_model]);
             run(&[Product {
                 rows: rows.len(),
@@ -129,7 +129,7 @@ impl Chunk {
     }
 
     /// Turns what is stored into `scale · (softmax(z) - onehot(target))`.
-    fn to_gradient(&mut self, targets: &[u32], scale: f32) {
+    fn turn_into_gradient(&mut self, targets: &[u32], scale: f32) {
         let rows =
             self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
         let known = targets.par_iter().zip(&self.targets).zip(&self.log_sums);
@@ -143,7 +143,7 @@ impl Chunk {
 }
 
 impl Chunk {
-    /// Adds dzᵀ x, with the gradients of the logits dz that [`to_gradient`](Self::to_gradient) has left.
+    /// Adds dzᵀ x, with the gradients of the logits dz that [`turn_into_gradient`](Self::turn_into_gradient) has left.
     fn add_head_gradient(&self, rows: usize, d_model: usize, d_head: &mut [f32]) {
         let depth = rows.next_multiple_of(2);
         let dz = transposed(&self.stored[..rows * self.vocab], rows, self.vocab);

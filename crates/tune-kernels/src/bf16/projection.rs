@@ -84,6 +84,9 @@ pub fn project(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> T
         Input::SwiGlu(x) => (x, Transform::SwiGlu, None),
     };
     let [tokens, width] = x.dims();
+    if let Transform::Norm { gain, .. } = &transform {
+        assert_eq!(gain.len(), width, "project: gain for x [{tokens}, {width}]");
+    }
     let d_in = if matches!(transform, Transform::SwiGlu) { width / 2 } else { width };
     assert!((1..=MOST_LAYERS).contains(&layers.len()), "project: {} layers", layers.len());
     let device = x.device().inner();
@@ -91,6 +94,9 @@ pub fn project(input: Input, layers: &[Layer], residual: Option<Tensor<2>>) -> T
     for layer in layers {
         let w = &layer.weight;
         assert_eq!(w.cols(), d_in, "project: d_in of {w:?} for x [{tokens}, {width}]");
+        if let Some(bias) = &layer.bias {
+            assert_eq!(bias.values().len(), w.rows(), "project: bias of {w:?}");
+        }
         let bias = layer.bias.as_ref().and_then(Vector::trained);
         assert!(w.trained().is_some() || bias.is_none(), "project: a trained bias of {w:?}");
         match (&layer.adapter, w.trained()) {
@@ -314,7 +320,7 @@ impl ProjectKernels for Flex {
             (cpu::contiguous(x), cpu::contiguous(residual), pairs.map(cpu::contiguous));
         let [tokens, width] = x.shape().dims();
         let (input, inverse_rms, u) = transform(&x, tokens, width, &spec.transform);
-        let u = Shared::of(&u, &input);
+        let u = Shared::of(u.as_deref(), &input);
         let u = u.operand(tokens, spec.d_in());
         let pair_views = Pairs::of(&pairs, &spec);
 
@@ -391,7 +397,7 @@ impl ProjectKernels for Flex {
 
         // dA, dB, dW and du: all that is left is independent
         let u = again(&input, &spec.transform);
-        let u = Shared::of(&u, &input);
+        let u = Shared::of(u.as_deref(), &input);
         let u = Source::Halves { values: u.values(), stride: d_in };
         let depth = tokens.next_multiple_of(2);
         let (h_t, dh_t) =
@@ -441,6 +447,7 @@ impl ProjectKernels for Flex {
             #[allow(unsafe_code)]
             let d_bias =
                 unsafe { slots[2 * layer + 1].range(0, pairs[2 * layer + 1].shape().num_elements()) };
+            d_bias.fill(MaybeUninit::new(0.0)); // without a token there is no row to sum
             sum_rows(dy, depth, d_bias);
         }
         if wants_x || wants_gain {
@@ -568,8 +575,8 @@ enum Shared<'a> {
 }
 
 impl<'a> Shared<'a> {
-    fn of(own: &'a Option<Vec<bf16>>, input: &'a FlexTensor) -> Self {
-        own.as_deref().map_or(Self::Input(input), Self::Own)
+    fn of(own: Option<&'a [bf16]>, input: &'a FlexTensor) -> Self {
+        own.map_or(Self::Input(input), Self::Own)
     }
 
     fn values(&self) -> &'a [bf16] {

@@ -242,6 +242,7 @@ mod avx512 {
     /// # Safety
     /// `columns` has [`WIDTH`] columns of `2 · panel.len()` values, `stride` apart.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[allow(clippy::cast_ptr_alignment, reason = "loads of any alignment")]
     pub(super) unsafe fn pack_columns(columns: *const bf16, stride: usize, panel: &mut [PanelRow]) {
         for (block, rows) in panel.chunks_mut(16).enumerate() {
             let mask = if rows.len() == 16 { u16::MAX } else { (1 << rows.len()) - 1 };
@@ -258,7 +259,7 @@ mod avx512 {
                         }
                     };
                 }
-                for (row, line) in rows.iter_mut().zip(transpose(lines)) {
+                for (row, line) in rows.iter_mut().zip(transpose(&lines)) {
                     // SAFETY: half a panel row is 64 aligned bytes.
                     unsafe { _mm512_store_si512(row.0.as_mut_ptr().add(half * 16).cast(), line) };
                 }
@@ -268,8 +269,8 @@ mod avx512 {
 
     /// Transposes 16 × 16 values of 32 bits.
     #[target_feature(enable = "avx512f")]
-    fn transpose(lines: [__m512i; 16]) -> [__m512i; 16] {
-        let mut a = lines;
+    fn transpose(lines: &[__m512i; 16]) -> [__m512i; 16] {
+        let mut a = *lines;
         for i in 0..8 {
             (a[2 * i], a[2 * i + 1]) = (
                 _mm512_unpacklo_epi32(lines[2 * i], lines[2 * i + 1]),

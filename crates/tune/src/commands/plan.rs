@@ -145,6 +145,7 @@ fn of_model(model: &str, args: &Args, device: Option<Budget>) -> miette::Result<
         micro_batch_size: args.batch,
         gradient_accumulation_steps: 2,
         dtype: machine::fastest_dtype(),
+        dropout: false,
         kept_blocks: 0,
         budget_bytes,
     });
