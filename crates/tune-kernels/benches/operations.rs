@@ -9,7 +9,7 @@
 use std::hint::black_box;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Gradients, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tune_kernels::bf16::{Input, Layer, project, projection_reference, self_attention};
 use tune_kernels::{
@@ -168,9 +168,9 @@ fn decoding(criterion: &mut Criterion) {
     group.finish();
 }
 
-fn both_ways(inputs: &[Tensor<2>], operation: impl Fn(&[Tensor<2>]) -> Tensor<2>) {
+fn both_ways(inputs: &[Tensor<2>], operation: impl Fn(&[Tensor<2>]) -> Tensor<2>) -> Gradients {
     let tracked: Vec<_> = inputs.iter().map(|x| x.clone().autodiff().require_grad()).collect();
-    black_box(operation(&tracked).backward());
+    black_box(operation(&tracked).backward())
 }
 
 fn plain_layer(u: &Tensor<2>, layer: &Layer) -> Tensor<2> {

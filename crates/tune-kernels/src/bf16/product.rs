@@ -320,12 +320,12 @@ mod tests {
     }
 
     /// C of one product, in f64 and by [`run`].
-    fn assert_product(rows: usize, cols: usize, terms: Vec<Term>, b_at: &dyn Fn(usize, usize, usize) -> f64) {
+    fn assert_product(rows: usize, cols: usize, terms: &[Term], b_at: &dyn Fn(usize, usize, usize) -> f64) {
         let got = Mutex::new(vec![f32::NAN; rows * cols]);
         run(&[Product {
             rows,
             cols,
-            terms: terms.clone(),
+            terms: terms.to_vec(),
             finish: Box::new(|tile| {
                 for row in tile.rows.clone() {
                     got.lock().unwrap()[row * cols..][tile.cols.clone()].copy_from_slice(tile.row(row));
@@ -361,7 +361,7 @@ mod tests {
                 Term { a: x, b: Factor::Transposed(source) },
                 Term { a: h, b: Factor::Transposed(Source::Floats { values: &b, cols: r }) },
             ];
-            assert_product(m, n, terms, &|i, k_, j| match i {
+            assert_product(m, n, &terms, &|i, k_, j| match i {
                 0 => w[j * k + k_].to_f64(),
                 _ => rounded[j * r + k_].to_f64(),
             });
@@ -370,7 +370,7 @@ mod tests {
                 Term { a: x, b: Factor::Plain(Source::Halves { values: &w, stride: n }) },
                 Term { a: h, b: Factor::Plain(Source::Floats { values: &b, cols: n }) },
             ];
-            assert_product(m, n, terms, &|i, k_, j| match i {
+            assert_product(m, n, &terms, &|i, k_, j| match i {
                 0 => w[k_ * n + j].to_f64(),
                 _ => rounded[k_ * n + j].to_f64(),
             });
@@ -389,10 +389,10 @@ mod tests {
             let a = halves(5, 14 * k);
             let forward =
                 Term { a: Operand::new(&a, 14, k, k), b: Factor::Transposed(Source::Stored(w.matrix())) };
-            assert_product(14, n, vec![forward], &|_, k_, j| rounded[j * k + k_].to_f64());
+            assert_product(14, n, &[forward], &|_, k_, j| rounded[j * k + k_].to_f64());
             let backward =
                 Term { a: Operand::new(&a, 14, n, n), b: Factor::Plain(Source::Stored(w.matrix())) };
-            assert_product(14, k, vec![backward], &|_, k_, j| rounded[k_ * k + j].to_f64());
+            assert_product(14, k, &[backward], &|_, k_, j| rounded[k_ * k + j].to_f64());
         }
     }
 }
