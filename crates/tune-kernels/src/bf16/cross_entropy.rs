@@ -5,7 +5,7 @@
 //! never a logit, and the gradient needs no second exponential: each group is multiplied by
 //! `s · exp(m - log Σ exp z)`.
 
-use std::ops::Range;
+use std::mem::MaybeUninit;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -14,7 +14,7 @@ use tune_quant::StoredMatrix;
 use super::convert::{round, round_row, transposed, widen};
 use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
 use super::tile::WIDTH;
-use crate::cpu::{SharedSlots, Unwritten, exp, vectorised};
+use crate::cpu::{SharedSlots, Unwritten, ViewMut, add_lanes, as_slots, exp, vectorised};
 
 /// Ids of a group: the columns of a panel, so that every tile holds whole groups.
 const GROUP: usize = WIDTH;
@@ -107,9 +107,11 @@ impl Chunk {
         self.rounded.resize(x.len(), bf16::ZERO);
         round_row(x, &mut self.rounded);
         let outputs = Outputs {
-            stored: (!self.stored.is_empty()).then(|| SharedMatrix::new(&mut self.stored, self.vocab)),
-            of_groups: SharedMatrix::new(&mut self.of_groups, self.groups),
-            targets: SharedMatrix::new(&mut self.targets, 1),
+            vocab: self.vocab,
+            groups: self.groups,
+            stored: (!self.stored.is_empty()).then(|| SharedSlots::new(as_slots(&mut self.stored))),
+            of_groups: SharedSlots::new(as_slots(&mut self.of_groups)),
+            targets: SharedSlots::new(as_slots(&mut self.targets)),
         };
         run(&[Product {
             rows,
@@ -140,14 +142,12 @@ impl Chunk {
             row[*target as usize] = round(scale * (exp(logit - log_sum) - 1.0));
         });
     }
-}
 
-impl Chunk {
     /// Adds dzᵀ x, with the gradients of the logits dz that [`turn_into_gradient`](Self::turn_into_gradient) has left.
     fn add_head_gradient(&self, rows: usize, d_model: usize, d_head: &mut [f32]) {
         let depth = rows.next_multiple_of(2);
         let dz = transposed(&self.stored[..rows * self.vocab], rows, self.vocab);
-        let sums = SharedMatrix::new(d_head, d_model);
+        let sums = SharedSlots::new(as_slots(d_head));
         let x = Source::Halves { values: &self.rounded, stride: d_model };
         run(&[Product {
             rows: self.vocab,
@@ -155,10 +155,12 @@ impl Chunk {
             terms: vec![Term { a: Operand::new(&dz, self.vocab, rows, depth), b: Factor::Plain(x) }],
             finish: Box::new(|tile| {
                 for row in tile.rows.clone() {
-                    // SAFETY: tiles cover the gradient once, so no other task has these elements.
+                    // SAFETY: tiles cover the gradient once, so no other task has these elements; they are written.
                     #[allow(unsafe_code)]
-                    let sums = unsafe { sums.part(row, tile.cols.clone()) };
-                    add_in_place(tile.row(row), sums);
+                    let mut sums = unsafe {
+                        ViewMut::shared(sums, row * d_model + tile.cols.start, 1, tile.cols.len(), d_model)
+                    };
+                    add_in_place(tile.row(row), sums.row(0));
                 }
             }),
         }]);
@@ -167,14 +169,16 @@ impl Chunk {
 
 /// Where the tiles of logits go.
 struct Outputs<'a> {
-    stored: Option<SharedMatrix<'a, bf16>>,
-    of_groups: SharedMatrix<'a, (f32, f32)>,
-    targets: SharedMatrix<'a, f32>,
+    vocab: usize,
+    groups: usize,
+    stored: Option<SharedSlots<'a, bf16>>,
+    of_groups: SharedSlots<'a, (f32, f32)>,
+    targets: SharedSlots<'a>,
 }
 
 impl Outputs<'_> {
     fn take(&self, tile: &Tile, targets: &[u32]) {
-        let mut unwanted = [bf16::ZERO; GROUP];
+        let mut unwanted = [MaybeUninit::new(bf16::ZERO); GROUP];
         for row in tile.rows.clone() {
             let logits = tile.row(row);
             for (i, logits) in logits.chunks(GROUP).enumerate() {
@@ -183,55 +187,26 @@ impl Outputs<'_> {
                 #[allow(unsafe_code)]
                 let (stored, of_group) = unsafe {
                     (
-                        self.stored.as_ref().map(|stored| stored.part(row, first..first + logits.len())),
-                        self.of_groups.part(row, first / GROUP..first / GROUP + 1),
+                        self.stored.map(|stored| stored.range(row * self.vocab + first, logits.len())),
+                        self.of_groups.range(row * self.groups + first / GROUP, 1),
                     )
                 };
-                of_group[0] = exponentials(logits, stored.unwrap_or(&mut unwanted[..logits.len()]));
+                of_group[0].write(exponentials(logits, stored.unwrap_or(&mut unwanted[..logits.len()])));
             }
             let target = targets[row] as usize;
             if tile.cols.contains(&target) {
                 // SAFETY: only the task with the target's column is here.
                 #[allow(unsafe_code)]
-                let out = unsafe { self.targets.part(row, 0..1) };
-                out[0] = logits[target - tile.cols.start];
+                let out = unsafe { self.targets.range(row, 1) };
+                out[0].write(logits[target - tile.cols.start]);
             }
         }
     }
 }
 
-/// A written matrix of which several tasks change their own parts.
-struct SharedMatrix<'a, T> {
-    start: *mut T,
-    len: usize,
-    cols: usize,
-    borrow: std::marker::PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: a mutable borrow of plain values; only `part` touches them, and its contract rules out two tasks with
-// the same element.
-#[allow(unsafe_code)]
-unsafe impl<T: Send> Sync for SharedMatrix<'_, T> {}
-
-impl<'a, T> SharedMatrix<'a, T> {
-    fn new(values: &'a mut [T], cols: usize) -> Self {
-        Self { start: values.as_mut_ptr(), len: values.len(), cols, borrow: std::marker::PhantomData }
-    }
-
-    /// # Safety
-    /// No other task touches these elements while they are borrowed.
-    #[allow(unsafe_code, clippy::mut_from_ref)]
-    unsafe fn part(&self, row: usize, cols: Range<usize>) -> &mut [T] {
-        let first = row * self.cols + cols.start;
-        assert!(first + cols.len() <= self.len, "columns {cols:?} of row {row}");
-        // SAFETY: within the borrowed slice; the caller rules out a second borrow.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), cols.len()) }
-    }
-}
-
 vectorised! {
     /// Writes `exp(logit - m)` and returns m, the maximum, and the sum of what was written before rounding.
-    fn exponentials(logits: &[f32], out: &mut [bf16]) -> (f32, f32) {
+    fn exponentials(logits: &[f32], out: &mut [MaybeUninit<bf16>]) -> (f32, f32) {
         const LANES: usize = 16;
         if let (Some((logits, [])), Some((out, []))) =
             (logits.split_first_chunk::<GROUP>(), out.split_first_chunk_mut::<GROUP>())
@@ -251,26 +226,16 @@ vectorised! {
             let mut values = [0.0_f32; GROUP];
             for i in 0..GROUP {
                 values[i] = exp(logits[i] - maximum);
-                out[i] = round(values[i]);
+                out[i].write(round(values[i]));
             }
-            for i in 0..LANES {
-                lanes[i] = values[i] + values[LANES + i];
-            }
-            let mut width = LANES / 2;
-            while width > 0 {
-                for i in 0..width {
-                    lanes[i] += lanes[i + width];
-                }
-                width /= 2;
-            }
-            return (maximum, lanes[0]);
+            return (maximum, add_lanes(values));
         }
         let maximum = logits.iter().fold(f32::NEG_INFINITY, |m, logit| m.max(*logit));
         let mut sum = 0.0;
         for (logit, out) in logits.iter().zip(out) {
             let value = exp(*logit - maximum);
             sum += value;
-            *out = round(value);
+            out.write(round(value));
         }
         (maximum, sum)
     }

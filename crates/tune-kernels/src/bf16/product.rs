@@ -9,7 +9,6 @@
 //! wanted. So a low-rank update, a bias, a residual or an activation costs no pass of its own over C. Every
 //! element is summed over the same blocks in the same order, whatever the number of tasks.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use half::bf16;
@@ -18,6 +17,7 @@ use tune_quant::StoredMatrix;
 
 use super::convert::round_row;
 use super::tile::{HEIGHT, PairedRows, PanelRow, Sums, WIDTH, multiply, pack_columns, pack_row_pair};
+use crate::cpu::with_buffers;
 
 /// Largest depth of a block: a panel of it takes 24 KiB, so it stays in the first-level cache.
 const BLOCK_DEPTH: usize = 384;
@@ -185,7 +185,7 @@ pub(super) fn run(products: &[Product]) {
         }
     }
     tasks.into_par_iter().with_max_len(1).for_each(|(product, rows, cols)| {
-        Workspace::with(|workspace| make_tile(product, rows, cols, workspace));
+        with_buffers(|workspace: &mut Workspace| make_tile(product, rows, cols, workspace));
     });
 }
 
@@ -196,17 +196,6 @@ struct Workspace {
     decoded: Vec<bf16>,
     padded: Vec<bf16>,
     sums: Vec<f32>,
-}
-
-impl Workspace {
-    fn with(work: impl FnOnce(&mut Self)) {
-        thread_local! {
-            static FREE: RefCell<Vec<Workspace>> = const { RefCell::new(Vec::new()) };
-        }
-        let mut workspace = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-        work(&mut workspace);
-        FREE.with_borrow_mut(|free| free.push(workspace));
-    }
 }
 
 fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspace: &mut Workspace) {

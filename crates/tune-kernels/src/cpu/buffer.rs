@@ -1,5 +1,6 @@
 //! Buffers that are not cleared before they are written, and scratch space that is kept between calls.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -14,6 +15,10 @@ pub(crate) trait Value: Copy + Send + Sync {
 
 impl Value for f32 {
     const POISON: Self = f32::NAN;
+}
+
+impl<T: Value> Value for (T, T) {
+    const POISON: Self = (T::POISON, T::POISON);
 }
 
 impl Value for bf16 {
@@ -109,20 +114,31 @@ impl<'a, T: Value> SharedSlots<'a, T> {
 }
 
 thread_local! {
-    /// Scratch buffers of this thread that are not in use.
-    static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    /// Buffers of this thread that are not in use.
+    static FREE: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Runs `work` with `len` floats of scratch space, whose contents are unspecified. The memory stays with the
-/// thread for the next call. Calls may nest, also through tasks that a waiting thread picks up.
-pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut buffer = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    let result = work(&mut buffer[..len]);
-    FREE.with_borrow_mut(|free| free.push(buffer));
+/// Runs `work` with buffers whose contents are unspecified. They stay with the thread for the next call. Calls may
+/// nest, also through tasks that a waiting thread picks up.
+pub(crate) fn with_buffers<T: Default + 'static, R>(work: impl FnOnce(&mut T) -> R) -> R {
+    let kept = FREE.with_borrow_mut(|free| {
+        let last = free.iter().rposition(|buffers| buffers.is::<T>())?;
+        free.swap_remove(last).downcast::<T>().ok()
+    });
+    let mut buffers = kept.unwrap_or_default();
+    let result = work(&mut buffers);
+    FREE.with_borrow_mut(|free| free.push(buffers));
     result
+}
+
+/// [`with_buffers`] with `len` floats.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    with_buffers(|buffer: &mut Vec<f32>| {
+        if buffer.len() < len {
+            buffer.resize(len, 0.0);
+        }
+        work(&mut buffer[..len])
+    })
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 //! Scores are made transposed, `[keys, queries]`: then their rows are the left factors of dV and dK as they are,
 //! and two rows together are what a panel of dQᵀ takes.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use half::bf16;
@@ -11,7 +10,7 @@ use half::bf16;
 use super::Layout;
 use super::operands::{Buffer, Input, copy_rows, dot, pack_as_columns, pack_as_rows, transpose};
 use crate::bf16::tile::{PairedRows, PanelRow, Sums, WIDTH, multiply};
-use crate::cpu::{exp2_for_bf16, vectorised};
+use crate::cpu::{exp2_for_bf16, vectorised, with_buffers};
 
 /// Queries that are packed at once. A multiple of [`WIDTH`].
 pub(super) const QUERY_BLOCK: usize = 128;
@@ -45,7 +44,7 @@ pub(super) fn pull_back(
     dv: &mut [f32],
     mut finish: impl FnMut(usize, usize, &[f32]),
 ) {
-    Workspace::with(|workspace| {
+    with_buffers(|workspace: &mut Workspace| {
         let Workspace { keys, queries: packed, strip, dq } = workspace;
         let layout = source.input.layout;
         keys.fill(source, document.start..document.start + queries.end, kv_head);
@@ -302,15 +301,4 @@ struct Workspace {
     queries: Queries,
     strip: Strip,
     dq: QueryGradients,
-}
-
-impl Workspace {
-    fn with(work: impl FnOnce(&mut Self)) {
-        thread_local! {
-            static FREE: RefCell<Vec<Workspace>> = const { RefCell::new(Vec::new()) };
-        }
-        let mut workspace = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-        work(&mut workspace);
-        FREE.with_borrow_mut(|free| free.push(workspace));
-    }
 }

@@ -1,6 +1,5 @@
 //! Forward for some queries of the heads that share a key head.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use half::bf16;
@@ -9,7 +8,7 @@ use super::Layout;
 use super::operands::{Buffer, Input, pack_as_columns, pack_as_rows};
 use crate::bf16::convert::round_ties_away;
 use crate::bf16::tile::{PairedRows, PanelRow, Sums, WIDTH, multiply};
-use crate::cpu::{LANES, add_lanes, exp2_for_bf16, vectorised};
+use crate::cpu::{LANES, add_lanes, exp2_for_bf16, vectorised, with_buffers};
 
 /// Queries whose scores are made at once. Documents are divided between queries at multiples of it.
 pub(super) const STRIP: usize = 24;
@@ -27,7 +26,7 @@ pub(super) fn attend(
     queries: &Range<usize>,
     mut finish: impl FnMut(usize, usize, &[f32], State),
 ) {
-    Workspace::with(|workspace| {
+    with_buffers(|workspace: &mut Workspace| {
         let Layout { dim, .. } = input.layout;
         let (heads, rows) = (input.layout.heads_of(kv_head), queries.len());
         let wide = dim.next_multiple_of(WIDTH);
@@ -181,15 +180,4 @@ struct Workspace {
     /// `[STRIP, KEY_BLOCK]`.
     scores: Buffer<f32>,
     p: Buffer<bf16>,
-}
-
-impl Workspace {
-    fn with(work: impl FnOnce(&mut Self)) {
-        thread_local! {
-            static FREE: RefCell<Vec<Workspace>> = const { RefCell::new(Vec::new()) };
-        }
-        let mut workspace = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-        work(&mut workspace);
-        FREE.with_borrow_mut(|free| free.push(workspace));
-    }
 }
