@@ -7,9 +7,9 @@ use std::sync::OnceLock;
 pub(crate) enum InstructionSet {
     /// What the program was compiled for.
     Portable,
-    /// AVX2.
+    /// AVX2, FMA and F16C, which came with it.
     Avx2,
-    /// AVX-512 F, BW, DQ and VL.
+    /// AVX-512 F, BW, DQ and VL as well.
     Avx512,
 }
 
@@ -28,6 +28,12 @@ impl InstructionSet {
         })
     }
 
+    /// [`best`](Self::best) and all that are narrower, the widest first.
+    #[cfg(test)]
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        [Self::Avx512, Self::Avx2, Self::Portable].into_iter().filter(|set| *set <= Self::best())
+    }
+
     fn widest() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
@@ -35,7 +41,10 @@ impl InstructionSet {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            match (avx512, is_x86_feature_detected!("avx2")) {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            match (avx512, avx2) {
                 (true, true) => Self::Avx512,
                 (false, true) => Self::Avx2,
                 (_, false) => Self::Portable,

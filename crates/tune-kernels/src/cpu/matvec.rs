@@ -28,6 +28,7 @@ mod nf4;
 use tune_quant::nf4::{Nf4Parts, dynamic_map};
 use tune_quant::{BlockType, Storage, StoredMatrix};
 
+use super::instruction_set::InstructionSet;
 use super::math::dot;
 use blocks::{Bf16, Block, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 use lanes::{Lanes, Portable};
@@ -54,8 +55,7 @@ pub(crate) struct FewRows {
 impl FewRows {
     /// One to [`MAX_ROWS`] rows of `d_in` values.
     pub(crate) fn new<'a>(x: impl Iterator<Item = &'a [f32]>, d_in: usize) -> Self {
-        let widest = InstructionSet::available().next().unwrap_or(InstructionSet::Portable);
-        Self::on(widest, x, d_in)
+        Self::on(InstructionSet::best(), x, d_in)
     }
 
     fn on<'a>(set: InstructionSet, x: impl Iterator<Item = &'a [f32]>, d_in: usize) -> Self {
@@ -86,8 +86,8 @@ impl FewRows {
             &self.lines[t.min(tokens - 1) * lines..][..lines]
         };
         match tokens {
-            1 => self.set.run(job, [x(0)]),
-            _ => self.set.run(job, [x(0), x(1), x(2), x(3)]),
+            1 => run(self.set, job, [x(0)]),
+            _ => run(self.set, job, [x(0), x(1), x(2), x(3)]),
         }
     }
 }
@@ -100,47 +100,19 @@ struct Job<'a> {
     products: &'a mut [f32],
 }
 
-/// The instruction sets that the decoders are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum InstructionSet {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl InstructionSet {
-    /// All that this processor has, the widest first.
-    fn available() -> impl Iterator<Item = Self> {
-        #[cfg(target_arch = "x86_64")]
-        let wide = {
-            let avx2 = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c");
-            let avx512 = avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            [avx512.then_some(Self::Avx512), avx2.then_some(Self::Avx2)]
-        };
-        #[cfg(not(target_arch = "x86_64"))]
-        let wide = [None];
-        wide.into_iter().flatten().chain([Self::Portable])
-    }
-
-    fn run<const M: usize>(self, job: Job, x: [&[Line]; M]) {
-        // SAFETY: a value of this type is made in `available` only, which asks the processor.
-        #[allow(unsafe_code)]
-        unsafe {
-            match self {
-                Self::Portable => portable(job, x),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx2 => avx2(job, x),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx512 => avx512(job, x),
-            }
+fn run<const M: usize>(set: InstructionSet, job: Job, x: [&[Line]; M]) {
+    assert!(set <= InstructionSet::best(), "{set:?} on a processor with {:?}", InstructionSet::best());
+    // SAFETY: the processor has the set.
+    #[allow(unsafe_code)]
+    unsafe {
+        match set {
+            InstructionSet::Portable => portable(job, x),
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx2 => avx2(job, x),
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512 => avx512(job, x),
+            #[cfg(not(target_arch = "x86_64"))]
+            InstructionSet::Avx2 | InstructionSet::Avx512 => portable(job, x),
         }
     }
 }
