@@ -43,6 +43,8 @@ pub struct State {
     pub cut_create: bool,
     /// How a conversation is rendered for the model that the request made.
     pub render: fn(&Value, &[(String, String)]) -> String,
+    /// Whether a model with an adapter is refused; by its version where this is not set.
+    pub refuses_adapters: Option<bool>,
     /// Whether `_debug_render_only` is known.
     pub tells_prompts: bool,
     pub answer: String,
@@ -64,6 +66,7 @@ impl OllamaDouble {
             fail_create: None,
             cut_create: false,
             render: chatml,
+            refuses_adapters: None,
             tells_prompts: true,
             answer: "Fine, thank you.".to_owned(),
         }));
@@ -219,7 +222,7 @@ fn create(stream: &mut TcpStream, request: &Value, state: &mut State) -> std::io
     }
     let list = |key: &str| request[key].as_object().cloned().unwrap_or_default();
     let (files, adapters) = (list("files"), list("adapters"));
-    if !adapters.is_empty() && version_of(&state.version) >= [0, 34, 1] {
+    if !adapters.is_empty() && state.refuses_adapters.unwrap_or(version_of(&state.version) >= [0, 34, 1]) {
         return refuse(stream, 400, "LoRA adapters are no longer supported".into());
     }
     if let Some(path) =
