@@ -305,7 +305,7 @@ fn the_modelfile_has_what_ollama_needs() {
 
     // Beside an adapter, a model that Ollama has passes on what is the same there; another's Modelfile is left alone.
     let out = dir.path().join("a.gguf");
-    let stop = ["<|im_end|>".to_owned()];
+    let stop = ["<|im_end|>".to_owned(), "<|endoftext|>".to_owned()];
     let template = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n";
     let alike =
         OllamaBase { name: "smollm2:135m", template: Some(template), stop: &stop, ..OllamaBase::default() };

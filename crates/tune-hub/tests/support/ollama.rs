@@ -303,7 +303,12 @@ fn generate(stream: &mut TcpStream, path: &str, request: &Value, state: &State) 
     let kind = |files: &Value| {
         let digest = files.as_object().and_then(|files| files.values().next()?.as_str().map(str::to_owned));
         let bytes = digest.and_then(|digest| state.blobs.get(&digest)).map(Vec::as_slice).unwrap_or_default();
-        bytes.windows(7).any(|window| window == b"adapter")
+        // the value of `general.type` follows its key
+        let key = b"general.type";
+        let after = bytes.windows(key.len()).position(|window| window == key).map(|at| at + key.len());
+        after.is_some_and(|at| {
+            bytes[at..bytes.len().min(at + 24)].windows(7).any(|window| window == b"adapter")
+        })
     };
     // what creation has let through shows when the model is loaded
     if kind(&model["files"]) || model["adapters"].is_object() && !kind(&model["adapters"]) {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use miette::Result;
+use miette::{IntoDiagnostic, Result};
 use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_export::{
     ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, OllamaBase,
@@ -22,7 +22,7 @@ use tune_recipe::{Method, Quantization, RunSpec, Verify};
 use tune_train::RunFolder;
 
 use crate::download;
-use crate::exit::UsageError;
+use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
 use crate::model::trained_base;
 use ollama::{Creation, OllamaTarget};
@@ -63,6 +63,8 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let target = Destination::parse(&args.to)?;
+    // Files get their names when they are whole, and a server keeps nothing of half an upload.
+    ctrlc::set_handler(|| std::process::exit(i32::from(INTERRUPTED))).into_diagnostic()?;
     let folder = RunFolder::new(&args.run);
     let spec = if folder.recipe().is_file() { Some(tune_recipe::load(&folder.recipe(), &[])?) } else { None };
     let trains_all = spec.as_ref().is_some_and(|spec| spec.adapter.method == Method::Full);

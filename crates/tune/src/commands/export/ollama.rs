@@ -344,7 +344,12 @@ fn send(server: &OllamaServer, path: &Path, sha256: Option<&str>) -> Result<Blob
                 .len();
             Blob { sha256: sha256.to_owned(), bytes }
         }
-        None => Blob::of_file(path)?,
+        None => {
+            let spinner = download::spinner(&format!("checksum of {shown}"));
+            let blob = Blob::of_file(path);
+            spinner.finish_and_clear();
+            blob?
+        }
     };
     let bar = download::bytes_bar(blob.bytes, &format!("{shown} to {}", server.host()));
     let sent = server.upload(path, &blob, &mut |bytes| bar.set_position(bytes));
