@@ -162,9 +162,10 @@ fn planned(model: &RandomModel<'_>) -> Vec<(TensorSpec, Values)> {
     let tensors = expected_tensors(config).into_iter().filter_map(|(hf, dims)| {
         let name = names::to_gguf(config.architecture, &hf)?;
         let block_type = model.file_type.of_tensor(&name, &dims, shape);
-        let writes_to_residual = hf.ends_with("o_proj.weight") || hf.ends_with("down_proj.weight");
+        let part = hf.rsplit('.').nth(1).unwrap_or_default();
+        let writes_to_residual = matches!(part, "o_proj" | "down_proj");
         let values = match dims.len() {
-            1 => Values::Constant(if hf.ends_with(".bias") { 0.0 } else { 1.0 }),
+            1 => Values::Constant(if part.contains("norm") { 1.0 } else { 0.0 }),
             _ if writes_to_residual => {
                 Values::Normal(DEVIATION / (2.0 * config.num_hidden_layers as f32).sqrt())
             }

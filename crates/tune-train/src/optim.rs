@@ -40,6 +40,7 @@ pub struct AdamW {
 
 /// Moments of one parameter.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "one for each parameter")]
 pub enum Moments {
     /// In `f32` and in its shape.
     F32 {
