@@ -117,13 +117,13 @@ fn config(args: &Args, vocab: Option<usize>) -> miette::Result<ModelConfig> {
             "take one that the planner knows, such as llama2:7b or smollm2:135m, and change it with --layers, --d-model, ...",
         )
     })?;
-    let architecture = gguf::names::architecture(model.architecture).ok_or_else(|| {
+    let known = gguf::names::architecture(&model.architecture).zip(model.shape());
+    let (architecture, shape) = known.ok_or_else(|| {
         UsageError::report(
             format!("{} is of architecture {}, which cannot be trained yet", model.name, model.architecture),
             format!("take a shape of architecture {}", gguf::names::ARCHITECTURES.join(" or ")),
         )
     })?;
-    let shape = model.shape;
     let hidden_size = args.d_model.unwrap_or(shape.hidden_size as usize);
     let heads = args.heads.unwrap_or(shape.num_attention_heads as usize);
     let head_dim = match args.head_dim {
