@@ -15,6 +15,7 @@ mod merge;
 mod ollama_modelfile;
 mod ollama_prompt;
 mod pre_tokenizer;
+mod random_model;
 mod retention;
 mod safetensors_model;
 mod special_text;
@@ -34,8 +35,10 @@ use verify::Differences;
 
 pub use error::ExportError;
 pub use file_type::FileType;
+pub use gguf_metadata::tokenizer_keys;
 pub use go_template::{Render, is_same_prompt};
 pub use ollama_prompt::ollama_prompt;
+pub use random_model::{BYTE_TOKENS, RandomModel, byte_tokenizer, write_random_model};
 pub use retention::Retention;
 pub use target::ExportTarget;
 
