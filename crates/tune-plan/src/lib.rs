@@ -10,6 +10,7 @@ mod catalogue;
 mod device;
 mod estimate;
 mod generic;
+mod inference;
 mod layout;
 mod quant;
 pub mod reference;
@@ -24,6 +25,9 @@ pub use catalogue::{CatalogueModel, Certainty, catalogue, find as find_in_catalo
 pub use device::{Device, DeviceChoice, DeviceKind, UnknownDevice, device_names, parse_device};
 pub use estimate::{Basis, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
 pub use generic::{BaseType, Kept, Loss, Trainer, generic, generic_plan};
+pub use inference::{
+    InferenceEstimate, InferenceInput, InferencePlan, InferenceReference, KnownModel, inference, next_in_size,
+};
 pub use layout::{
     Attention, AttentionPart, DeltaNet, Experts, ExpertsPart, LayerGroup, Layout, Linear, Mixer, Mlp, Split,
     Values,
