@@ -12,6 +12,7 @@ mod estimate;
 mod generic;
 mod inference;
 mod layout;
+mod needs;
 mod quant;
 pub mod reference;
 mod shape;
@@ -32,6 +33,7 @@ pub use layout::{
     Attention, AttentionPart, DeltaNet, Experts, ExpertsPart, LayerGroup, Layout, Linear, Mixer, Mlp, Split,
     Values,
 };
+pub use needs::{NEEDS_RANK, NEEDS_TOKENS, Needs, is_trainable, needs};
 pub use quant::{QUANTS, Quant};
 pub use reference::Reference;
 pub use shape::Shape;

@@ -28,7 +28,7 @@ pub const QUANTS: [Quant; 24] = [
     quant("q4_0", 4, 46_430),
     quant("q4_1", 4, 51_130),
     quant("q4_k_s", 4, 46_672),
-    quant("q4_k_m", 4, 48_944),
+    Quant::Q4_K_M,
     quant("q5_0", 5, 55_730),
     quant("q5_1", 5, 60_440),
     quant("q5_k_s", 5, 55_704),
@@ -60,6 +60,9 @@ const SHORT: [(&str, &str); 9] = [
 ];
 
 impl Quant {
+    /// What `q4` means.
+    pub const Q4_K_M: Self = quant("q4_k_m", 4, 48_944);
+
     /// The format of this name: `q4`, `Q4_K_M`, `q8_0`, `bf16`.
     pub fn parse(name: &str) -> Option<Self> {
         let name = name.to_ascii_lowercase().replace('-', "_");
