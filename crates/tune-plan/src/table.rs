@@ -56,12 +56,12 @@ impl MemoryPlan {
         }
         writeln!(f, "\nphases      the peak is the largest of them; not all terms live at once")?;
         for phase in &estimate.phases {
-            let moment = match phase.name {
+            let moment = match &*phase.name {
                 "loss" => "loss",
                 "block" => "backward of a block",
                 _ => "optimizer step",
             };
-            let mark = if Some(phase.name) == estimate.peak_phase { "   peak" } else { "" };
+            let mark = if Some(&phase.name) == estimate.peak_phase.as_ref() { "   peak" } else { "" };
             writeln!(f, "  {moment:<26}{:>9}{mark}", format_bytes(phase.bytes))?;
         }
         let up_to = format_bytes(estimate.upper_bytes);
