@@ -94,19 +94,35 @@ impl PlanInput {
         if spec.origins.is_written("train.gradient_checkpointing") {
             return self;
         }
+        self.keep_what(|plan| plan.fits.unwrap_or(false))
+    }
+
+    /// The same with the most kept blocks whose plan `fits`.
+    pub(crate) fn keep_what(self, fits: impl Fn(&MemoryPlan) -> bool) -> Self {
         let with = |kept_blocks| Self { kept_blocks, ..self.clone() };
-        let fits = |kept_blocks| estimate(&with(kept_blocks)).fits.unwrap_or(false);
+        let fits = |kept_blocks| self.budget_bytes.is_some() && fits(&estimate(&with(kept_blocks)));
         let all = self.shape.num_hidden_layers;
         if fits(all) {
             return with(all);
         }
         // From one on and below all of them, more kept blocks never need less memory.
         let (mut fitting, mut too_many) = (0, all);
-        while too_many - fitting > 1 {
+        while too_many.saturating_sub(fitting) > 1 {
             let middle = fitting.midpoint(too_many);
             if fits(middle) { fitting = middle } else { too_many = middle }
         }
         with(fitting)
+    }
+
+    /// Parameters that are trained.
+    pub fn trained_parameters(&self) -> u64 {
+        match self.method {
+            Method::Full => self.shape.parameters(),
+            Method::Lora | Method::Qlora => {
+                let per_rank = self.shape.adapter_parameters_per_rank(&self.target_modules, &self.layers);
+                self.rank.saturating_mul(per_rank)
+            }
+        }
     }
 
     /// Tokens that go through the model at once.
@@ -302,12 +318,7 @@ struct Counted<'a> {
 
 impl<'a> Counted<'a> {
     fn new(input: &'a PlanInput, calibration: &'a Calibration) -> Self {
-        let trained = match input.method {
-            Method::Full => input.shape.parameters(),
-            Method::Lora | Method::Qlora => {
-                input.rank * input.shape.adapter_parameters_per_rank(&input.target_modules, &input.layers)
-            }
-        };
+        let trained = input.trained_parameters();
         let mut counted = Self { input, calibration, trained, terms: Vec::new() };
         counted.count_static();
         counted.count_activations();

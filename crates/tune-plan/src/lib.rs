@@ -4,20 +4,27 @@
 //! method and size. The *estimate* ([`estimate`]) counts the bytes of this run term by term, from the header of
 //! the model file. The verdict uses the estimate whenever the model is known.
 
+pub mod advice;
+mod answer;
 mod calibration;
 mod catalogue;
+pub mod disk;
 mod estimate;
+pub mod gap;
+pub mod memory;
+pub mod picture;
 pub mod reference;
 mod shape;
 mod size;
 mod table;
 mod weights;
 
+pub use answer::{Answer, SCHEMA_VERSION};
 pub use calibration::{Calibration, FLEX};
 pub use catalogue::{CatalogueShape, catalogue, find as find_in_catalogue};
 pub use estimate::{Basis, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
 pub use reference::Reference;
 pub use shape::Shape;
 pub use size::parse_size;
-pub use table::{format_bytes, format_parameters};
+pub use table::{Style, format_bytes, format_parameters};
 pub use weights::{WeightBytes, from_model, from_shape};
