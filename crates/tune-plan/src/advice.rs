@@ -28,6 +28,8 @@ pub struct Question {
     pub context: Option<u64>,
     /// A shorter sequence would make the data unusable.
     pub sequence_is_fixed: bool,
+    /// The adapter may get a lower rank.
+    pub rank_may_change: bool,
     /// Only some blocks may carry adapters.
     pub layers_may_change: bool,
     /// Another model may take the place of this one.
@@ -156,6 +158,22 @@ const LARGEST_RANK: u64 = 4096;
 const FAR: u64 = 1 << 20;
 
 impl Question {
+    /// A question about a run of which nothing but its sizes may change.
+    pub fn about(input: PlanInput, pool: Pool) -> Self {
+        Self {
+            input,
+            pool,
+            keeps_what_fits: false,
+            lora_alpha: None,
+            four_bit: None,
+            context: None,
+            sequence_is_fixed: false,
+            rank_may_change: true,
+            layers_may_change: false,
+            model_may_change: false,
+        }
+    }
+
     /// The plan of this run, with as many kept blocks as fit where that is left to `tune`.
     pub fn plan(&self) -> MemoryPlan {
         let fits = |plan: &MemoryPlan| self.fits(plan);
@@ -344,7 +362,7 @@ impl Question {
                     .map(|n| Change::SequenceLen { sequence_len: n * SEQUENCE_STEP })
                     .collect()
             }
-            Knob::Rank if adapters => {
+            Knob::Rank if adapters && self.rank_may_change => {
                 let stepped = (1..=input.rank.saturating_sub(1).min(LARGEST_RANK) / RANK_STEP).rev();
                 let ranks = stepped.map(|n| n * RANK_STEP).chain([2, 1]).filter(|r| *r < input.rank);
                 let alpha = |r: u64| self.lora_alpha.map(|alpha| alpha * r as f64 / input.rank as f64);
@@ -408,6 +426,17 @@ impl Question {
             if fits(middle) { most = middle } else { too_much = middle }
         }
         room(most, Limit::Memory)
+    }
+}
+
+impl Way {
+    /// The settings as options of the command line.
+    pub fn as_set(&self) -> String {
+        let settings = self.settings.iter().map(|setting| match setting.contains('"') {
+            true => format!("--set '{setting}'"),
+            false => format!("--set {setting}"),
+        });
+        settings.collect::<Vec<_>>().join(" ")
     }
 }
 

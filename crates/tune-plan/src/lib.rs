@@ -29,4 +29,4 @@ pub use reference::Reference;
 pub use shape::Shape;
 pub use size::parse_size;
 pub use table::{Style, format_bytes, format_parameters};
-pub use weights::{WeightBytes, from_model, from_shape};
+pub use weights::{WeightBytes, from_model, from_shape, in_bits};

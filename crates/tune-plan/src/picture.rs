@@ -71,6 +71,21 @@ impl Part {
         }
     }
 
+    /// Its colour, red, green and blue: neighbours in a bar differ in hue and in lightness.
+    pub fn colour(self) -> [u8; 3] {
+        match self {
+            Self::Weights => [0x3b, 0x6f, 0xb6],
+            Self::Adapters => [0x2a, 0x9d, 0x8f],
+            Self::Optimizer => [0x7b, 0xc8, 0x9c],
+            Self::Gradients => [0xb5, 0xcf, 0x5b],
+            Self::Kept => [0xf2, 0xc1, 0x4e],
+            Self::Block => [0xf0, 0x8a, 0x4b],
+            Self::Loss => [0xd1, 0x49, 0x5b],
+            Self::Process => [0x8d, 0x6a, 0x9f],
+            Self::Unused => [0xb8, 0xb8, 0xc0],
+        }
+    }
+
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {

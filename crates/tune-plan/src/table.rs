@@ -224,14 +224,7 @@ impl Answer {
 impl Way {
     /// What to paste: settings of a recipe, or options of the command.
     fn line(&self, style: Style<'_>) -> Option<String> {
-        if style.options {
-            return self.options.clone();
-        }
-        let settings = self.settings.iter().map(|setting| match setting.contains('"') {
-            true => format!("--set '{setting}'"),
-            false => format!("--set {setting}"),
-        });
-        Some(settings.collect::<Vec<_>>().join(" "))
+        if style.options { self.options.clone() } else { Some(self.as_set()) }
     }
 }
 
