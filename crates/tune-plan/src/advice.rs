@@ -254,13 +254,13 @@ impl Question {
                 input.weights = self.four_bit.unwrap_or(input.weights);
             }
             Change::Model { name } => {
-                if let Some(model) = catalogue::find(name) {
-                    input.model = model.name.into();
-                    input.shape = model.shape;
-                    input.weights = from_shape(&model.shape, input.method);
+                if let Some((model, shape)) = catalogue::find(name).and_then(|m| Some((m, m.shape()?))) {
+                    input.model.clone_from(&model.name);
+                    input.shape = shape;
+                    input.weights = from_shape(&shape, input.method);
                     input.layers = Layers::All;
                     if input.kept_blocks > 0 {
-                        input.kept_blocks = model.shape.num_hidden_layers;
+                        input.kept_blocks = shape.num_hidden_layers;
                     }
                 }
             }
@@ -377,13 +377,15 @@ impl Question {
             Knob::FourBit => only(adapters && sixteen_bit, Change::FourBit),
             Knob::Adapters => only(!adapters && self.four_bit.is_some(), Change::Adapters),
             Knob::Model if self.model_may_change => {
-                let mut smaller: Vec<_> = catalogue::catalogue()
+                let trainable = catalogue::catalogue()
                     .iter()
-                    .filter(|model| gguf::names::architecture(model.architecture).is_some())
-                    .filter(|model| model.shape.parameters() < input.shape.parameters() / 10 * 9)
+                    .filter(|model| gguf::names::architecture(&model.architecture).is_some());
+                let mut smaller: Vec<(u64, &str)> = trainable
+                    .filter_map(|model| Some((model.shape()?.parameters(), &*model.alias)))
+                    .filter(|(parameters, _)| *parameters < input.shape.parameters() / 10 * 9)
                     .collect();
-                smaller.sort_by_key(|model| std::cmp::Reverse(model.shape.parameters()));
-                smaller.into_iter().map(|model| Change::Model { name: model.alias.into() }).collect()
+                smaller.sort_by_key(|(parameters, _)| std::cmp::Reverse(*parameters));
+                smaller.into_iter().map(|(_, name)| Change::Model { name: name.into() }).collect()
             }
             Knob::Model => Vec::new(),
         }

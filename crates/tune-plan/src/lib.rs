@@ -6,6 +6,7 @@
 
 pub mod advice;
 mod answer;
+mod cache_type;
 mod calibration;
 mod catalogue;
 mod device;
@@ -14,6 +15,9 @@ mod estimate;
 pub mod gap;
 pub mod memory;
 pub mod picture;
+mod generic;
+mod layout;
+mod quant;
 pub mod reference;
 mod shape;
 mod size;
@@ -21,10 +25,17 @@ mod table;
 mod weights;
 
 pub use answer::{Answer, SCHEMA_VERSION};
+pub use cache_type::CacheType;
 pub use calibration::{Calibration, FLEX};
-pub use catalogue::{CatalogueShape, catalogue, find as find_in_catalogue};
+pub use catalogue::{CatalogueModel, Certainty, catalogue, find as find_in_catalogue, similar_models};
 pub use device::{Device, DeviceChoice, DeviceKind, UnknownDevice, device_names, parse_device};
 pub use estimate::{Basis, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
+pub use generic::{BaseType, Kept, Loss, Trainer, generic, generic_plan};
+pub use layout::{
+    Attention, AttentionPart, DeltaNet, Experts, ExpertsPart, LayerGroup, Layout, Linear, Mixer, Mlp, Split,
+    Values,
+};
+pub use quant::{QUANTS, Quant};
 pub use reference::Reference;
 pub use shape::Shape;
 pub use size::parse_size;

@@ -43,7 +43,7 @@ impl Part {
     /// The part that a term belongs to.
     pub fn of(term: &str) -> Self {
         match term {
-            "adapters" => Self::Adapters,
+            "adapters" | "trained weights" => Self::Adapters,
             name if name.contains("optimizer") || name.contains("moments") => Self::Optimizer,
             "block gradients" => Self::Block,
             "gradient of the head" => Self::Loss,

@@ -92,7 +92,7 @@ pub fn in_bits(shape: &Shape, bits: u32) -> WeightBytes {
 }
 
 /// NF4 with double quantisation: half a byte a weight, one byte per 64, four bytes per 64 · 256, and one offset.
-fn nf4_bytes(elements: u64) -> u64 {
+pub(crate) fn nf4_bytes(elements: u64) -> u64 {
     let blocks = elements.div_ceil(64);
     elements.div_ceil(2).saturating_add(blocks).saturating_add(4 * (blocks.div_ceil(256) + 1))
 }

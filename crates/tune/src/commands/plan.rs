@@ -177,6 +177,16 @@ fn of_model(model: &str, args: &Args, device: Option<Target>) -> miette::Result<
     let is_asked = device.is_some();
     let target = device.unwrap_or_else(|| Target::of_budget(Budget::Auto));
     let Some(parameters) = tune_plan::parse_size(model) else {
+        if let Some(published) = tune_plan::find_in_catalogue(model).filter(|model| model.shape().is_none()) {
+            subject::say_what_was_chosen(model, published);
+            eprintln!("note        this version cannot train it yet: counted for a trainer that can");
+            let budget = target.budget_bytes;
+            let plan = tune_plan::generic_plan(published, method, args.rank, args.seq, args.batch, budget);
+            let mut answer = Answer::of(plan, target.pool);
+            answer.device.clone_from(&target.name);
+            show(&answer, args, true)?;
+            return Ok(exit_code(&answer, true));
+        }
         let subject = subject::find(model)?;
         let quantization = if method == Method::Qlora { Quantization::Nf4 } else { Quantization::Keep };
         let weights = subject.weights(method, quantization)?;
@@ -189,8 +199,8 @@ fn of_model(model: &str, args: &Args, device: Option<Target>) -> miette::Result<
     let bits = args.bits.as_deref().map_or(usual, |bits| bits.parse().unwrap_or(usual));
     let reference = reference::reference(method, bits, parameters, true);
     let answer = match grid::usual_model(parameters) {
-        Some(published) => {
-            let subject = Subject::published(published);
+        Some((published, shape)) => {
+            let subject = Subject::published(published, shape);
             let weights = tune_plan::in_bits(&subject.shape, bits);
             let mut question = asked(args, &subject, method, weights, &target)?;
             question.input.model = format!("{model}, by the dimensions of {}", subject.name);
@@ -233,7 +243,7 @@ fn asked(
     };
     Ok(Question {
         four_bit: subject.four_bit()?,
-        context: subject.context(),
+        context: subject.context,
         model_may_change: true,
         ..Question::about(input, target.pool)
     })

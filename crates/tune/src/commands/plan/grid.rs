@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use tune_plan::advice::Question;
-use tune_plan::{CatalogueShape, PlanInput, find_in_catalogue, format_bytes, in_bits, parse_size, reference};
+use tune_plan::{CatalogueModel, PlanInput, Shape, find_in_catalogue, format_bytes, in_bits, parse_size, reference};
 use tune_recipe::{Layers, Method, TargetModules};
 
 use super::{Target, paint};
@@ -25,9 +25,15 @@ const SIZES: [(&str, &str); 9] = [
 const WIDE: usize = 64;
 
 /// The model that a bare size usually means.
-pub fn usual_model(parameters: u64) -> Option<&'static CatalogueShape> {
+pub fn usual_model(parameters: u64) -> Option<(&'static CatalogueModel, Shape)> {
     let (_, alias) = SIZES.iter().find(|(label, _)| parse_size(label) == Some(parameters))?;
-    find_in_catalogue(alias)
+    known(alias)
+}
+
+/// A published model whose runs can be counted.
+fn known(alias: &str) -> Option<(&'static CatalogueModel, Shape)> {
+    let model = find_in_catalogue(alias)?;
+    Some((model, model.shape()?))
 }
 
 /// The table for `target`.
@@ -79,8 +85,7 @@ pub fn text(target: &Target, sequence_len: u64, batch: u64, rank: u64) -> String
 fn inference(label: &str, alias: &str, tokens: u64) -> (u64, bool) {
     let parameters = parse_size(label).unwrap_or(0);
     let weights = reference::model_bytes(parameters, 4);
-    let cache = find_in_catalogue(alias).map_or(0, |model| {
-        let s = &model.shape;
+    let cache = known(alias).map_or(0, |(_, s)| {
         reference::kv_cache_bytes(1, tokens, s.num_hidden_layers, s.num_key_value_heads, s.head_dim, 2)
     });
     (weights.saturating_add(cache), true)
@@ -97,14 +102,14 @@ fn trained(
     rank: u64,
 ) -> (u64, bool) {
     let bits = if method == Method::Qlora { 4 } else { 16 };
-    let Some(model) = find_in_catalogue(alias) else {
+    let Some((model, shape)) = known(alias) else {
         let figure = reference::reference(method, bits, parse_size(label).unwrap_or(0), true).gb;
         return (figure.saturating_mul(1_000_000_000), true);
     };
     let input = PlanInput {
-        model: model.name.into(),
-        shape: model.shape,
-        weights: in_bits(&model.shape, bits),
+        model: model.name.clone(),
+        shape,
+        weights: in_bits(&shape, bits),
         method,
         rank,
         target_modules: TargetModules::AllLinear,
