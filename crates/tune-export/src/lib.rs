@@ -16,6 +16,7 @@ mod ollama_modelfile;
 mod pre_tokenizer;
 mod retention;
 mod safetensors_model;
+mod size;
 mod special_text;
 mod staging;
 mod target;
@@ -34,6 +35,7 @@ pub use error::ExportError;
 pub use file_type::FileType;
 pub use go_template::Render;
 pub use retention::Retention;
+pub use size::Dimensions;
 pub use target::ExportTarget;
 
 /// What to export, and where to.

@@ -4,11 +4,17 @@
 //! method and size. The *estimate* ([`estimate`]) counts the bytes of this run term by term, from the header of
 //! the model file. The verdict uses the estimate whenever the model is known.
 
+pub mod advice;
+mod answer;
 mod cache_type;
 mod calibration;
 mod catalogue;
 mod device;
+pub mod disk;
 mod estimate;
+pub mod gap;
+pub mod memory;
+pub mod picture;
 mod generic;
 mod inference;
 mod layout;
@@ -20,6 +26,7 @@ mod size;
 mod table;
 mod weights;
 
+pub use answer::{Answer, SCHEMA_VERSION};
 pub use cache_type::CacheType;
 pub use calibration::{Calibration, FLEX};
 pub use catalogue::{CatalogueModel, Certainty, catalogue, find as find_in_catalogue, similar_models};
@@ -38,5 +45,5 @@ pub use quant::{QUANTS, Quant};
 pub use reference::Reference;
 pub use shape::Shape;
 pub use size::parse_size;
-pub use table::{format_bytes, format_parameters};
-pub use weights::{WeightBytes, from_model, from_shape};
+pub use table::{Style, format_bytes, format_parameters};
+pub use weights::{WeightBytes, from_model, from_shape, in_bits};
