@@ -211,9 +211,9 @@ fn counted(
     let read = READ_AT_ONCE.min(input.context);
     let scratch = product(&[read, 4, layout.vocab_size.saturating_add(8 * layout.hidden_size)]);
     let terms = vec![
-        Term { name: "weights", bytes: weights, formula },
+        Term { name: "weights".into(), bytes: weights, formula },
         Term {
-            name: "cache",
+            name: "cache".into(),
             bytes: cache,
             formula: format!(
                 "{} × {} tokens in {}, block by block",
@@ -223,7 +223,7 @@ fn counted(
             ),
         },
         Term {
-            name: "scratch",
+            name: "scratch".into(),
             bytes: scratch,
             formula: format!(
                 "{read} tokens at once: logits of {} and the widths of a block",

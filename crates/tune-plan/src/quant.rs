@@ -70,6 +70,13 @@ impl Quant {
         QUANTS.into_iter().find(|quant| quant.name == name)
     }
 
+    /// What a file counts as by the founding rule, whose linear layers have so many bits a weight.
+    pub fn of_bits(bits: u32) -> Self {
+        let usual = |quant: &&Self| SHORT.iter().any(|(_, name)| *name == quant.name) || quant.bits > 8;
+        let at_most = QUANTS.iter().filter(usual).filter(|quant| quant.bits <= bits.max(2));
+        at_most.max_by_key(|quant| quant.bits).copied().unwrap_or(Self::Q4_K_M)
+    }
+
     /// Bytes of a file with so many parameters.
     pub fn bytes(self, parameters: u64) -> u64 {
         (u128::from(parameters) * u128::from(self.file_bits) / 80_000) as u64
@@ -94,6 +101,8 @@ mod tests {
         }
         assert_eq!(Quant::parse("q4-K-M"), Quant::parse("q4"));
         assert_eq!(Quant::parse("q7"), None);
+        let of_bits = |bits| Quant::of_bits(bits).bits;
+        assert_eq!([0, 2, 4, 5, 6, 8, 9, 16, 32].map(of_bits), [2, 2, 4, 5, 6, 8, 8, 16, 32]);
     }
 
     #[test]

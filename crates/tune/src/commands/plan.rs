@@ -3,6 +3,7 @@
 mod adjusted;
 mod grid;
 mod paint;
+mod running;
 mod subject;
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use subject::Subject;
                   and decides nothing unless --device is given. Every figure is explained in docs/memory.md.\n\n\
                   Examples:\n  tune plan recipes/quickstart.toml\n  tune plan --model 7b --method qlora\n  \
                   tune plan --model llama3.1:8b --method qlora --seq 4096 --device rtx4060\n  \
+                  tune plan --model qwen3:8b --method inference --quant q4 --context 8192 --users 2 --kv-cache fp8\n  \
                   tune plan recipes/code.toml --device 2GiB --fit --out smaller.toml\n  \
                   tune plan --device m3-max-36"
 )]
@@ -39,14 +41,25 @@ pub struct Args {
     /// Size (7b, 135m), published model (llama3.1:8b), or any model on this machine
     #[arg(long, value_name = "SIZE|NAME|FILE", conflicts_with = "matrix")]
     model: Option<String>,
-    /// What is trained
+    /// What is trained, or inference to only run the model
     #[arg(long, value_enum, default_value_t = MethodArg::Qlora, conflicts_with = "recipe")]
     method: MethodArg,
     /// Bits of a weight, for a bare size [default: 4 for qlora, else 16]
     #[arg(long, value_parser = ["4", "8", "16"], conflicts_with = "recipe")]
     bits: Option<String>,
-    /// Longest sequence, in tokens
-    #[arg(long, alias = "context", value_name = "TOKENS", default_value_t = 2048, conflicts_with = "recipe",
+    /// Format of the weights, for inference: q2 to q8, a GGUF type (q4_k_m), fp16, bf16, nf4 [default: as the file is
+    /// stored, else q4]
+    #[arg(long, value_name = "TYPE", conflicts_with = "recipe")]
+    quant: Option<String>,
+    /// Conversations at once, for inference
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "recipe",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    users: u64,
+    /// Type of the cache, for inference: fp16, fp8, q8_0, q4_0
+    #[arg(long, value_name = "TYPE", default_value = "fp16", conflicts_with = "recipe")]
+    kv_cache: String,
+    /// Longest sequence, or the context of a conversation, in tokens
+    #[arg(long, visible_alias = "context", value_name = "TOKENS", default_value_t = 2048, conflicts_with = "recipe",
           value_parser = clap::value_parser!(u64).range(1..))]
     seq: u64,
     /// Sequences that go through the model at once
@@ -86,6 +99,8 @@ enum MethodArg {
     Lora,
     /// Adapters over quantised weights
     Qlora,
+    /// Nothing: the model only runs
+    Inference,
 }
 
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
@@ -101,7 +116,10 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         print!("{}", grid::text(&target, args.seq, args.batch, args.rank));
         return Ok(ExitCode::SUCCESS);
     }
-    Err(UsageError::report("nothing to plan", "give a recipe, or a model: tune plan --model 7b --method qlora"))
+    Err(UsageError::report(
+        "nothing to plan",
+        "give a recipe, or a model: tune plan --model 7b --method qlora",
+    ))
 }
 
 /// What a plan is compared with.
@@ -121,8 +139,7 @@ impl Target {
         match parse_device(text) {
             Ok(DeviceChoice::Auto) => Ok(Self::of_budget(Budget::Auto)),
             Ok(DeviceChoice::Known(device)) => {
-                let is_card =
-                    matches!(device.kind, DeviceKind::Cuda | DeviceKind::Hip | DeviceKind::Vulkan);
+                let is_card = matches!(device.kind, DeviceKind::Cuda | DeviceKind::Hip | DeviceKind::Vulkan);
                 let is_other = is_card || device.kind == DeviceKind::Unified;
                 Ok(Self {
                     name: (device.kind != DeviceKind::Size).then_some(device.name),
@@ -173,7 +190,14 @@ fn of_model(model: &str, args: &Args, device: Option<Target>) -> miette::Result<
         MethodArg::Full => Method::Full,
         MethodArg::Lora => Method::Lora,
         MethodArg::Qlora => Method::Qlora,
+        MethodArg::Inference => return running::plan(model, args, device),
     };
+    if let Some(quant) = &args.quant {
+        return Err(UsageError::report(
+            format!("--quant {quant} is the format of a model that runs, and this plan is for training"),
+            "add --method inference; what is trained over has --bits, or the type of its file",
+        ));
+    }
     let is_asked = device.is_some();
     let target = device.unwrap_or_else(|| Target::of_budget(Budget::Auto));
     let Some(parameters) = tune_plan::parse_size(model) else {
@@ -254,9 +278,9 @@ fn show(answer: &Answer, args: &Args, options: bool) -> miette::Result<()> {
         let svg = memory_picture::svg(answer).ok_or_else(|| {
             UsageError::report("nothing to draw", "a picture needs a model whose dimensions are known")
         })?;
-        std::fs::write(path, svg).into_diagnostic().map_err(|error| {
-            error.wrap_err(format!("cannot write {}", path.display()))
-        })?;
+        std::fs::write(path, svg)
+            .into_diagnostic()
+            .map_err(|error| error.wrap_err(format!("cannot write {}", path.display())))?;
         eprintln!("wrote       {}", path.display());
     }
     if args.json {
