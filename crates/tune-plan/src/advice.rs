@@ -177,11 +177,8 @@ impl Question {
     /// The plan of this run, with as many kept blocks as fit where that is left to `tune`.
     pub fn plan(&self) -> MemoryPlan {
         let fits = |plan: &MemoryPlan| self.fits(plan);
-        let input = if self.keeps_what_fits {
-            self.input.clone().keep_what(fits)
-        } else {
-            self.input.clone()
-        };
+        let input =
+            if self.keeps_what_fits { self.input.clone().keep_what(fits) } else { self.input.clone() };
         let mut plan = estimate(&input);
         plan.fits = self.input.budget_bytes.map(|_| self.fits(&plan));
         plan
@@ -402,14 +399,7 @@ impl Question {
         }
     }
 
-    fn grow(
-        &self,
-        name: &str,
-        now: u64,
-        cap: u64,
-        at_cap: Limit,
-        set: impl Fn(&mut PlanInput, u64),
-    ) -> Room {
+    fn grow(&self, name: &str, now: u64, cap: u64, at_cap: Limit, set: impl Fn(&mut PlanInput, u64)) -> Room {
         let fits = |n: u64| {
             let mut grown = self.clone();
             set(&mut grown.input, n);

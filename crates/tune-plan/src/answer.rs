@@ -87,7 +87,8 @@ impl Answer {
 impl MemoryPlan {
     /// The terms that live at the peak.
     pub fn live_terms(&self) -> Vec<&Term> {
-        let phase = self.estimate.phases.iter().find(|phase| Some(&phase.name) == self.estimate.peak_phase.as_ref());
+        let phase =
+            self.estimate.phases.iter().find(|phase| Some(&phase.name) == self.estimate.peak_phase.as_ref());
         let lives = |term: &&Term| phase.is_none_or(|phase| phase.terms.contains(&term.name));
         self.estimate.terms.iter().filter(lives).collect()
     }

@@ -50,11 +50,7 @@ pub fn disk(input: &PlanInput, writes: &Writes) -> Vec<Term> {
     });
     terms.extend(writes.exports.iter().cloned());
     if let Some(bytes) = writes.token_cache {
-        terms.push(Term {
-            name: "token cache".into(),
-            bytes,
-            formula: "kept rows, ids and targets".into(),
-        });
+        terms.push(Term { name: "token cache".into(), bytes, formula: "kept rows, ids and targets".into() });
     }
     terms
 }

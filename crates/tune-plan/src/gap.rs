@@ -138,13 +138,15 @@ mod tests {
 
     #[test]
     fn the_readings_stay_below_the_figures() {
-        for (method, bits) in
-            [(Method::Full, 16), (Method::Lora, 16), (Method::Qlora, 8), (Method::Qlora, 4)]
+        for (method, bits) in [(Method::Full, 16), (Method::Lora, 16), (Method::Qlora, 8), (Method::Qlora, 4)]
         {
             for size in [7, 13, 30, 70, 110] {
                 let reference = reference(method, bits, size * 1_000_000_000, true);
                 let reading = Reading::of(&reference);
-                assert!(reading.weights + reading.trained <= reference.gb * 1_000_000_000, "{method:?} {size}");
+                assert!(
+                    reading.weights + reading.trained <= reference.gb * 1_000_000_000,
+                    "{method:?} {size}"
+                );
             }
         }
     }

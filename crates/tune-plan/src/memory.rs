@@ -37,9 +37,7 @@ impl Pool {
         // Pages that were only read once give way under pressure: they count for what is seen, not for what fits.
         let passing = sum(&["pages read once"]);
         match self {
-            Self::Shared => {
-                Split { pool: self, needed_bytes: upper.saturating_sub(passing), host_bytes: 0 }
-            }
+            Self::Shared => Split { pool: self, needed_bytes: upper.saturating_sub(passing), host_bytes: 0 },
             Self::Device => {
                 let host = sum(&HOST);
                 Split { pool: self, needed_bytes: upper.saturating_sub(host), host_bytes: host }

@@ -116,9 +116,8 @@ pub struct Bar {
 /// The bars of a plan.
 pub fn bars(plan: &MemoryPlan, pool: Pool) -> Vec<Bar> {
     let of_phase = |phase: &crate::PhaseBytes| {
-        let lives = |term: &&Term| {
-            phase.terms.contains(&term.name) && !(pool == Pool::Device && is_on_host(term))
-        };
+        let lives =
+            |term: &&Term| phase.terms.contains(&term.name) && !(pool == Pool::Device && is_on_host(term));
         let terms: Vec<&Term> = plan.estimate.terms.iter().filter(lives).collect();
         let on_host: u64 = match pool {
             Pool::Shared => 0,
@@ -145,7 +144,8 @@ impl Bar {
     /// Columns of each part where `full` bytes are `width` columns wide. Together they are as many as the whole bar,
     /// rounded once; a part below half a column may have none.
     pub fn columns(&self, full: u64, width: usize) -> Vec<(Part, usize)> {
-        let column = |bytes: u128| ((bytes * width as u128 + u128::from(full) / 2) / u128::from(full.max(1))) as usize;
+        let column =
+            |bytes: u128| ((bytes * width as u128 + u128::from(full) / 2) / u128::from(full.max(1))) as usize;
         let (mut sum, mut at) = (0u128, 0);
         let columns = self.parts.iter().map(|(part, bytes)| {
             sum += u128::from(*bytes);

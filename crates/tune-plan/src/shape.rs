@@ -119,7 +119,9 @@ impl Shape {
     pub fn traversed_layers(&self, layers: &Layers) -> u64 {
         let lowest = match layers {
             Layers::All => 0,
-            Layers::Only(layers) => layers.iter().min().map_or(self.num_hidden_layers, |lowest| *lowest as u64),
+            Layers::Only(layers) => {
+                layers.iter().min().map_or(self.num_hidden_layers, |lowest| *lowest as u64)
+            }
         };
         self.num_hidden_layers.saturating_sub(lowest)
     }

@@ -52,7 +52,14 @@ impl Answer {
     fn write_reference(&self, text: &mut String) {
         let (plan, r) = (&self.plan, &self.plan.reference);
         let counted = if self.is_rough() { "by its label" } else { "counted" };
-        line(text, &format!("model       {}, {} parameters {counted}", plan.model, format_parameters(plan.parameters)));
+        line(
+            text,
+            &format!(
+                "model       {}, {} parameters {counted}",
+                plan.model,
+                format_parameters(plan.parameters)
+            ),
+        );
         line(text, &format!("method      {}", method_name(plan.method)));
         let row = match r.method {
             Method::Full => "full fine-tuning in 16 bits".to_owned(),
@@ -62,7 +69,13 @@ impl Answer {
         line(text, &format!("\nreference   {} GB = {}, the rule of thumb for {row};", r.gb, r.formula));
         line(text, "            it knows no batch, sequence length, rank or vocabulary");
         let (to_run, billions) = (format_bytes(r.inference_bytes), billions(r.parameters));
-        line(text, &format!("            only to run the model: {to_run} = 1.2 · {} bits · {billions} billion", r.bits));
+        line(
+            text,
+            &format!(
+                "            only to run the model: {to_run} = 1.2 · {} bits · {billions} billion",
+                r.bits
+            ),
+        );
     }
 
     /// Reference and estimate side by side.
@@ -76,10 +89,12 @@ impl Answer {
         let (figure, peak) =
             (format!("{} GB", self.plan.reference.gb), format_bytes(self.plan.estimate.peak_bytes));
         line(text, &format!("  {:<32}{figure:>11}{peak:>11}", "together, at the peak"));
-        let (amount, side) = (format_bytes(gap.bytes.unsigned_abs()), if gap.bytes < 0 { "below" } else { "above" });
+        let (amount, side) =
+            (format_bytes(gap.bytes.unsigned_abs()), if gap.bytes < 0 { "below" } else { "above" });
         let causes = gap.causes.iter().filter(|cause| (cause.bytes < 0) == (gap.bytes < 0)).take(3);
-        let causes: Vec<_> =
-            causes.map(|cause| format!("{} {}", cause.name, format_bytes(cause.bytes.unsigned_abs()))).collect();
+        let causes: Vec<_> = causes
+            .map(|cause| format!("{} {}", cause.name, format_bytes(cause.bytes.unsigned_abs())))
+            .collect();
         line(text, &format!("  {amount} {side} the reference: {}", causes.join(", ")));
     }
 
@@ -90,10 +105,13 @@ impl Answer {
             Pool::Shared => (Vec::new(), terms),
             Pool::Device => terms.into_iter().partition(|term| is_on_host(term)),
         };
-        line(text, match self.memory.pool {
-            Pool::Shared => "\nestimate    host and device are one memory",
-            Pool::Device => "\nestimate    on the device",
-        });
+        line(
+            text,
+            match self.memory.pool {
+                Pool::Shared => "\nestimate    host and device are one memory",
+                Pool::Device => "\nestimate    on the device",
+            },
+        );
         device.iter().for_each(|term| write_term(text, term, width));
         if !host.is_empty() {
             line(text, "\n            on the host");
@@ -140,7 +158,15 @@ impl Answer {
             }
             let budget_at = budget.map(scaled);
             let rest: String = (drawn..width + 1)
-                .map(|column| if budget_at == Some(column) { '|' } else if budget_at > Some(column) { '.' } else { ' ' })
+                .map(|column| {
+                    if budget_at == Some(column) {
+                        '|'
+                    } else if budget_at > Some(column) {
+                        '.'
+                    } else {
+                        ' '
+                    }
+                })
                 .collect();
             line(text, rest.trim_end());
         }
@@ -180,7 +206,10 @@ impl Answer {
         line(text, &format!("\nmay use     {}{whose}: {verdict}{rough}", format_bytes(budget)));
         if self.memory.host_bytes > 0 {
             let host = format_bytes(self.memory.host_bytes);
-            line(text, &format!("            and {host} of host memory; this version trains on the CPU alone"));
+            line(
+                text,
+                &format!("            and {host} of host memory; this version trains on the CPU alone"),
+            );
         }
     }
 
@@ -188,14 +217,18 @@ impl Answer {
         if self.plan.fits != Some(false) || self.is_rough() {
             return;
         }
-        let usable: Vec<(&Way, String)> = self.ways.iter().filter_map(|way| Some((way, way.line(style)?))).collect();
+        let usable: Vec<(&Way, String)> =
+            self.ways.iter().filter_map(|way| Some((way, way.line(style)?))).collect();
         let Some((first, others)) = usable.split_first() else {
             return line(text, "\nto fit      nothing that can be changed is enough: take a smaller model");
         };
         let show = |text: &mut String, (way, settings): &(&Way, String)| {
             line(text, &format!("  {settings}"));
             let costs: Vec<_> = way.changes.iter().map(|change| change.cost()).collect();
-            line(text, &format!("      then at most {}; {}", format_bytes(way.needed_bytes), costs.join(", ")));
+            line(
+                text,
+                &format!("      then at most {}; {}", format_bytes(way.needed_bytes), costs.join(", ")),
+            );
         };
         line(text, "\nto fit      with the least harm:");
         show(text, first);

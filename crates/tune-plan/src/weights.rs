@@ -82,7 +82,8 @@ pub fn in_bits(shape: &Shape, bits: u32) -> WeightBytes {
         }
         _ => sixteen(linears),
     };
-    let other = sixteen(shape.embedding_parameters()).saturating_add(shape.vector_parameters().saturating_mul(4));
+    let other =
+        sixteen(shape.embedding_parameters()).saturating_add(shape.vector_parameters().saturating_mul(4));
     WeightBytes {
         held: linear_bytes.saturating_add(other),
         passing: 0,

@@ -44,9 +44,8 @@ fn what_changes_no_result_comes_first() {
     let question = question("llama3.1:8b", Method::Qlora, 12 * GIB);
     let ways = question.ways();
     assert_eq!(ways[0].changes[0], Change::GradientCheckpointing, "{ways:?}");
-    let harmless = |change: &Change| {
-        matches!(change, Change::GradientCheckpointing | Change::MicroBatch { .. })
-    };
+    let harmless =
+        |change: &Change| matches!(change, Change::GradientCheckpointing | Change::MicroBatch { .. });
     assert!(ways[0].changes.iter().all(harmless), "{ways:?}");
     assert_eq!(ways[0].settings[0], "train.gradient_checkpointing=true");
     assert!(ways.iter().all(|way| way.needed_bytes <= 12 * GIB));

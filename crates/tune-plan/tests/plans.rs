@@ -3,7 +3,9 @@
 use proptest::prelude::*;
 use tune_plan::advice::Question;
 use tune_plan::memory::Pool;
-use tune_plan::{Answer, MemoryPlan, PlanInput, Style, estimate, find_in_catalogue, from_shape, reference, rough};
+use tune_plan::{
+    Answer, MemoryPlan, PlanInput, Style, estimate, find_in_catalogue, from_shape, reference, rough,
+};
 use tune_recipe::{Dtype, Layers, Method, TargetModules};
 
 fn input(alias: &str, method: Method) -> PlanInput {

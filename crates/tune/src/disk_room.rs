@@ -84,7 +84,10 @@ fn export(target: &str, input: &PlanInput, model: Tensors<'_>) -> Term {
             let linears = shape.block_linears();
             let bytes = dimensions.gguf_bytes(file_type, &linears, shape.vector_parameters());
             let metadata = shape.vocab_size.saturating_mul(BYTES_PER_TOKEN);
-            term(bytes.saturating_add(metadata), format!("every tensor in its type of {file_type}, and the tokenizer"))
+            term(
+                bytes.saturating_add(metadata),
+                format!("every tensor in its type of {file_type}, and the tokenizer"),
+            )
         }
         Ok(ExportTarget::Safetensors) => {
             let is_32_bit = model.base.is_some_and(|_| input.weights.linear_bits >= 32);

@@ -86,13 +86,16 @@ fn draw(
     }
 
     let peak = bars.iter().find(|bar| answer.plan.estimate.peak_phase.as_deref() == Some(&*bar.phase));
-    let used: Vec<Part> =
-        Part::ALL.into_iter().filter(|part| bars.iter().any(|bar| bar.parts.iter().any(|(p, _)| p == part))).collect();
+    let used: Vec<Part> = Part::ALL
+        .into_iter()
+        .filter(|part| bars.iter().any(|bar| bar.parts.iter().any(|(p, _)| p == part)))
+        .collect();
     for (i, part) in (0..).zip(used) {
         let (x, y) = (32 + i % 3 * 302, bottom + 62 + i / 3 * 26);
         area.draw(&Rectangle::new([(x, y - 7), (x + 14, y + 7)], colour(part).filled()))?;
         write(part.name(), (x + 24, y), 13, &INK, HPos::Left)?;
-        let bytes = peak.and_then(|bar| bar.parts.iter().find(|(p, _)| *p == part)).map_or(0, |(_, bytes)| *bytes);
+        let bytes =
+            peak.and_then(|bar| bar.parts.iter().find(|(p, _)| *p == part)).map_or(0, |(_, bytes)| *bytes);
         let words = if bytes == 0 { "not at the peak".into() } else { format_bytes(bytes) };
         write(&words, (x + 262, y), 13, &FADED, HPos::Right)?;
     }

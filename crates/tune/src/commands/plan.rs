@@ -101,7 +101,10 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         print!("{}", grid::text(&target, args.seq, args.batch, args.rank));
         return Ok(ExitCode::SUCCESS);
     }
-    Err(UsageError::report("nothing to plan", "give a recipe, or a model: tune plan --model 7b --method qlora"))
+    Err(UsageError::report(
+        "nothing to plan",
+        "give a recipe, or a model: tune plan --model 7b --method qlora",
+    ))
 }
 
 /// What a plan is compared with.
@@ -121,8 +124,7 @@ impl Target {
         match parse_device(text) {
             Ok(DeviceChoice::Auto) => Ok(Self::of_budget(Budget::Auto)),
             Ok(DeviceChoice::Known(device)) => {
-                let is_card =
-                    matches!(device.kind, DeviceKind::Cuda | DeviceKind::Hip | DeviceKind::Vulkan);
+                let is_card = matches!(device.kind, DeviceKind::Cuda | DeviceKind::Hip | DeviceKind::Vulkan);
                 let is_other = is_card || device.kind == DeviceKind::Unified;
                 Ok(Self {
                     name: (device.kind != DeviceKind::Size).then_some(device.name),
@@ -254,9 +256,9 @@ fn show(answer: &Answer, args: &Args, options: bool) -> miette::Result<()> {
         let svg = memory_picture::svg(answer).ok_or_else(|| {
             UsageError::report("nothing to draw", "a picture needs a model whose dimensions are known")
         })?;
-        std::fs::write(path, svg).into_diagnostic().map_err(|error| {
-            error.wrap_err(format!("cannot write {}", path.display()))
-        })?;
+        std::fs::write(path, svg)
+            .into_diagnostic()
+            .map_err(|error| error.wrap_err(format!("cannot write {}", path.display())))?;
         eprintln!("wrote       {}", path.display());
     }
     if args.json {

@@ -13,9 +13,9 @@ use tune_recipe::{Method, Override, Quantization, Resume, RunSpec};
 use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
 
 use super::export;
+use crate::disk_room;
 use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
-use crate::disk_room;
 use crate::memory_gate::{self, Gate, Start};
 use crate::progress::{Mode, Progress};
 use crate::samples;
@@ -87,8 +87,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             dropped => format!("; {dropped} rows left out, see `tune data`"),
         },
     ));
-    let (mut train, mut held_out) =
-        dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+    let (mut train, mut held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
 
     // Does it fit?
     let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &train, start)?;

@@ -3,7 +3,9 @@
 use std::fmt::Write as _;
 
 use tune_plan::advice::Question;
-use tune_plan::{CatalogueModel, PlanInput, Shape, find_in_catalogue, format_bytes, in_bits, parse_size, reference};
+use tune_plan::{
+    CatalogueModel, PlanInput, Shape, find_in_catalogue, format_bytes, in_bits, parse_size, reference,
+};
 use tune_recipe::{Layers, Method, TargetModules};
 
 use super::{Target, paint};
@@ -76,8 +78,12 @@ pub fn text(target: &Target, sequence_len: u64, batch: u64, rank: u64) -> String
             });
         }
     }
-    text.push_str("\n  Upper ends of the estimate for the usual model of each size; ~ is the rule of thumb.\n");
-    text.push_str("  Inference is in 4 bits with a 16-bit cache; qlora over NF4, lora and full over 16 bits.\n");
+    text.push_str(
+        "\n  Upper ends of the estimate for the usual model of each size; ~ is the rule of thumb.\n",
+    );
+    text.push_str(
+        "  Inference is in 4 bits with a 16-bit cache; qlora over NF4, lora and full over 16 bits.\n",
+    );
     text
 }
 

@@ -78,7 +78,13 @@ pub fn find(name: &str) -> miette::Result<Subject> {
             let shape = Shape::from(&base.config);
             let facts = inputs::facts(&base);
             let context = Some(facts.max_position_embeddings as u64);
-            return Ok(Subject { name: base.name.clone(), shape, base: Some(base), facts: Some(facts), context });
+            return Ok(Subject {
+                name: base.name.clone(),
+                shape,
+                base: Some(base),
+                facts: Some(facts),
+                context,
+            });
         }
         // A path, or a store without network: the error says what is wrong, and fetching would not help.
         Some(Err(error)) if !is_remote(reference.as_ref()) && published.is_none() => return Err(error.into()),
