@@ -86,8 +86,13 @@ mod tests {
         assert_eq!(bytes(FileType::F32), 4 * (matrices + 35_136));
         assert_eq!(bytes(FileType::Q8_0), matrices / 32 * 34 + 4 * 35_136);
         // Rows of 576 are no whole K blocks: Q4_K_M holds them in Q5_0 and the embedding in Q8_0.
-        assert!(bytes(FileType::Q4_K_M) > matrices / 32 * 22 && bytes(FileType::Q4_K_M) < bytes(FileType::Q8_0));
+        assert!(
+            bytes(FileType::Q4_K_M) > matrices / 32 * 22 && bytes(FileType::Q4_K_M) < bytes(FileType::Q8_0)
+        );
         let untied = Dimensions { tied: false, ..smollm2 };
-        assert_eq!(untied.gguf_bytes(FileType::F16, &LINEARS, 35_136) - bytes(FileType::F16), 2 * 49152 * 576);
+        assert_eq!(
+            untied.gguf_bytes(FileType::F16, &LINEARS, 35_136) - bytes(FileType::F16),
+            2 * 49152 * 576
+        );
     }
 }

@@ -107,7 +107,8 @@ impl RunSpec {
     /// depends on it is chosen by the next [`RunSpec::refine`]. `false` where there is no such value.
     pub fn change(&mut self, path: &str, value: &str, reason: &str) -> bool {
         let Some((section, key)) = path.split_once('.') else { return false };
-        let Some(value) = toml::from_str::<Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"))
+        let Some(value) =
+            toml::from_str::<Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"))
         else {
             return false;
         };
@@ -273,8 +274,13 @@ mod tests {
         assert_eq!(spec.adapter.layers, crate::Layers::Only(vec![2, 3]));
         assert!(spec.origins.is_written("train.micro_batch_size"));
         assert!(spec.to_toml().contains("micro_batch_size = 2  # changed: to fit in memory"));
-        for (path, value) in [("train.sed", "1"), ("train.seed", "\"x\""), ("seed", "1"), ("trian.seed", "1"), ("train.seed", "")]
-        {
+        for (path, value) in [
+            ("train.sed", "1"),
+            ("train.seed", "\"x\""),
+            ("seed", "1"),
+            ("trian.seed", "1"),
+            ("train.seed", ""),
+        ] {
             assert!(!spec.change(path, value, "no"), "{path} {value}");
         }
     }

@@ -15,8 +15,9 @@ pub fn edit(name: &str, text: &str, assignments: &[String]) -> Result<String, Re
         name: name.to_owned(),
         problems: vec![Problem::new(message)],
     };
-    let mut document: DocumentMut =
-        text.parse().map_err(|error: toml_edit::TomlError| invalid(format!("not TOML: {}", error.message())))?;
+    let mut document: DocumentMut = text
+        .parse()
+        .map_err(|error: toml_edit::TomlError| invalid(format!("not TOML: {}", error.message())))?;
     for assignment in assignments {
         let split = assignment.split_once('=').and_then(|(path, value)| {
             let (section, key) = path.trim().rsplit_once('.')?;
@@ -103,8 +104,10 @@ mod tests {
             "model.base=smollm2:135m",
         ];
         let overrides: Vec<_> = assignments.iter().map(|a| Override::set(*a)).collect();
-        let (set, written) =
-            (parse("t", RECIPE, &overrides).expect("valid"), parse("t", &edited(&assignments), &[]).expect("valid"));
+        let (set, written) = (
+            parse("t", RECIPE, &overrides).expect("valid"),
+            parse("t", &edited(&assignments), &[]).expect("valid"),
+        );
         let values = |spec: &crate::RunSpec| -> Vec<_> {
             spec.lines().into_iter().map(|line| (line.path.clone(), line.value.clone())).collect()
         };
