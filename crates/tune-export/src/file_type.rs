@@ -242,12 +242,11 @@ impl fmt::Display for FileType {
 
 impl ModelShape {
     pub(crate) fn new(config: &ModelConfig, tied: bool) -> Self {
-        Self {
-            n_layers: config.num_hidden_layers,
-            n_heads: config.num_attention_heads,
-            n_kv_heads: config.num_key_value_heads,
-            tied,
-        }
+        Self::of(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, tied)
+    }
+
+    pub(crate) const fn of(n_layers: usize, n_heads: usize, n_kv_heads: usize, tied: bool) -> Self {
+        Self { n_layers, n_heads, n_kv_heads, tied }
     }
 }
 

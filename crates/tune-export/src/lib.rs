@@ -18,6 +18,7 @@ mod pre_tokenizer;
 mod random_model;
 mod retention;
 mod safetensors_model;
+mod size;
 mod special_text;
 mod staging;
 mod target;
@@ -40,6 +41,7 @@ pub use go_template::{Render, is_same_prompt};
 pub use ollama_prompt::ollama_prompt;
 pub use random_model::{BYTE_TOKENS, RandomModel, byte_tokenizer, write_random_model};
 pub use retention::Retention;
+pub use size::Dimensions;
 pub use target::ExportTarget;
 
 /// What to export, and where to.

@@ -12,7 +12,9 @@
 //! form follows the model of activations in Korthikanti et al. 2022 (arXiv 2205.05198); the counts are those of
 //! our own operations, which save for backward only what is listed at [`saved_bytes`].
 
-use serde::Serialize;
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
 use tune_recipe::{Dtype, Layers, Method, RunSpec, TargetModules};
 
 use crate::calibration::Calibration;
@@ -92,19 +94,35 @@ impl PlanInput {
         if spec.origins.is_written("train.gradient_checkpointing") {
             return self;
         }
+        self.keep_what(|plan| plan.fits.unwrap_or(false))
+    }
+
+    /// The same with the most kept blocks whose plan `fits`.
+    pub(crate) fn keep_what(self, fits: impl Fn(&MemoryPlan) -> bool) -> Self {
         let with = |kept_blocks| Self { kept_blocks, ..self.clone() };
-        let fits = |kept_blocks| estimate(&with(kept_blocks)).fits.unwrap_or(false);
+        let fits = |kept_blocks| self.budget_bytes.is_some() && fits(&estimate(&with(kept_blocks)));
         let all = self.shape.num_hidden_layers;
         if fits(all) {
             return with(all);
         }
         // From one on and below all of them, more kept blocks never need less memory.
         let (mut fitting, mut too_many) = (0, all);
-        while too_many - fitting > 1 {
+        while too_many.saturating_sub(fitting) > 1 {
             let middle = fitting.midpoint(too_many);
             if fits(middle) { fitting = middle } else { too_many = middle }
         }
         with(fitting)
+    }
+
+    /// Parameters that are trained.
+    pub fn trained_parameters(&self) -> u64 {
+        match self.method {
+            Method::Full => self.shape.parameters(),
+            Method::Lora | Method::Qlora => {
+                let per_rank = self.shape.adapter_parameters_per_rank(&self.target_modules, &self.layers);
+                self.rank.saturating_mul(per_rank)
+            }
+        }
     }
 
     /// Tokens that go through the model at once.
@@ -114,10 +132,10 @@ impl PlanInput {
 }
 
 /// One named part of the memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Term {
     /// What it is.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Its bytes.
     pub bytes: u64,
     /// How they come about.
@@ -125,18 +143,18 @@ pub struct Term {
 }
 
 /// Memory at the worst moment of one phase of a step.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseBytes {
     /// `loss`, `block` or `step`.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Its bytes, unused room in the allocator included.
     pub bytes: u64,
     /// Names of the terms that live then.
-    pub terms: Vec<&'static str>,
+    pub terms: Vec<Cow<'static, str>>,
 }
 
 /// What an estimate rests on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Basis {
     /// The dimensions of the model, term by term.
@@ -146,7 +164,7 @@ pub enum Basis {
 }
 
 /// Predicted memory of a run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Estimate {
     /// What it rests on.
     pub basis: Basis,
@@ -155,7 +173,7 @@ pub struct Estimate {
     /// Upper end of the range; the verdict compares this one.
     pub upper_bytes: u64,
     /// The phase of the peak.
-    pub peak_phase: Option<&'static str>,
+    pub peak_phase: Option<Cow<'static, str>>,
     /// Parameters that are trained.
     pub trainable_parameters: Option<u64>,
     /// Tokens that go through the model at once.
@@ -167,7 +185,7 @@ pub struct Estimate {
 }
 
 /// Reference, estimate and verdict. Its JSON form is a stable interface.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MemoryPlan {
     /// What the model is called.
     pub model: String,
@@ -220,7 +238,7 @@ pub fn rough(model: String, reference: Reference, budget_bytes: Option<u64>) -> 
             peak_phase: None,
             trainable_parameters: None,
             tokens: None,
-            terms: vec![Term { name: "reference figure", bytes, formula: reference.formula.clone() }],
+            terms: vec![Term { name: "reference figure".into(), bytes, formula: reference.formula.clone() }],
             phases: Vec::new(),
         },
         reference,
@@ -300,12 +318,7 @@ struct Counted<'a> {
 
 impl<'a> Counted<'a> {
     fn new(input: &'a PlanInput, calibration: &'a Calibration) -> Self {
-        let trained = match input.method {
-            Method::Full => input.shape.parameters(),
-            Method::Lora | Method::Qlora => {
-                input.rank * input.shape.adapter_parameters_per_rank(&input.target_modules, &input.layers)
-            }
-        };
+        let trained = input.trained_parameters();
         let mut counted = Self { input, calibration, trained, terms: Vec::new() };
         counted.count_static();
         counted.count_activations();
@@ -405,7 +418,7 @@ impl<'a> Counted<'a> {
     }
 
     fn push(&mut self, name: &'static str, bytes: u64, formula: String) {
-        self.terms.push(Term { name, bytes, formula });
+        self.terms.push(Term { name: name.into(), bytes, formula });
     }
 
     fn estimate(self) -> Estimate {
@@ -419,9 +432,9 @@ impl<'a> Counted<'a> {
             |name: &str| [&LOSS[..], &BLOCK, &BACKWARD, &STEP].iter().any(|names| names.contains(&name));
         let phase = |name: &'static str, parts: &[&[&str]]| {
             let lives =
-                |term: &&Term| !only_in(term.name) || parts.iter().any(|names| names.contains(&term.name));
+                |term: &&Term| !only_in(&term.name) || parts.iter().any(|names| names.contains(&&*term.name));
             let terms: Vec<&Term> = self.terms.iter().filter(lives).collect();
-            let exact = |term: &&Term| ["base weights", "pages read once", "process"].contains(&term.name);
+            let exact = |term: &&Term| ["base weights", "pages read once", "process"].contains(&&*term.name);
             let sum = |exactly: bool| {
                 let of_kind = terms.iter().filter(|term| exact(term) == exactly);
                 of_kind.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
@@ -429,8 +442,8 @@ impl<'a> Counted<'a> {
             let (fixed, allocated) = (sum(true), sum(false));
             let allocated = plus_permille(allocated, self.calibration.fragmentation_permille);
             let upper = fixed.saturating_add(plus_permille(allocated, self.calibration.margin_permille));
-            let names = terms.iter().map(|term| term.name).collect();
-            (PhaseBytes { name, bytes: fixed.saturating_add(allocated), terms: names }, upper)
+            let names = terms.iter().map(|term| term.name.clone()).collect();
+            (PhaseBytes { name: name.into(), bytes: fixed.saturating_add(allocated), terms: names }, upper)
         };
         // From the second micro-batch on.
         let accumulates = self.input.gradient_accumulation_steps > 1;
@@ -446,7 +459,7 @@ impl<'a> Counted<'a> {
             basis: Basis::Detailed,
             peak_bytes: peak.map_or(0, |phase| phase.bytes),
             upper_bytes,
-            peak_phase: peak.map(|phase| phase.name),
+            peak_phase: peak.map(|phase| phase.name.clone()),
             trainable_parameters: Some(self.trained),
             tokens: Some(self.input.tokens()),
             terms: self.terms,

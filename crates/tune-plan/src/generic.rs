@@ -200,7 +200,7 @@ pub fn generic(layout: &Layout, trainer: &Trainer, sequence_len: u64, batch: u64
     let all = if trainer.loss.keeps_all { product(&[tokens, layout.vocab_size, 2]) } else { 0 };
     let logits = product(&[chunk, layout.vocab_size, trainer.loss.bytes_per_logit]).saturating_add(all);
 
-    let term = |name, bytes, formula: String| Term { name, bytes, formula };
+    let term = |name: &'static str, bytes, formula: String| Term { name: name.into(), bytes, formula };
     let terms = vec![
         term("base weights", base, format!("{on_device} parameters on the device")),
         term(
@@ -228,13 +228,13 @@ pub fn generic(layout: &Layout, trainer: &Trainer, sequence_len: u64, batch: u64
         (gradients / blocks).saturating_add(kept).max(gradients.saturating_add(kept / blocks))
     };
     let so_far = if trainer.accumulates { gradients } else { 0 };
-    let phase = |name, bytes: u64, terms: &[&'static str]| PhaseBytes {
-        name,
+    let phase = |name: &'static str, bytes: u64, terms: &[&'static str]| PhaseBytes {
+        name: name.into(),
         bytes: plus_permille(bytes, trainer.overhead_permille).saturating_add(trainer.runtime_bytes),
         terms: ["base weights", "trained weights", "optimizer state", "runtime"]
             .iter()
             .chain(terms)
-            .copied()
+            .map(|name| (*name).into())
             .collect(),
     };
     let phases = vec![
@@ -252,7 +252,7 @@ pub fn generic(layout: &Layout, trainer: &Trainer, sequence_len: u64, batch: u64
         basis: Basis::Detailed,
         peak_bytes,
         upper_bytes: plus_permille(peak_bytes, UNCALIBRATED_PERMILLE),
-        peak_phase: peak.map(|phase| phase.name),
+        peak_phase: peak.map(|phase| phase.name.clone()),
         trainable_parameters: Some(trained),
         tokens: Some(tokens),
         terms,

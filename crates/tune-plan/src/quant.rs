@@ -28,7 +28,7 @@ pub const QUANTS: [Quant; 24] = [
     quant("q4_0", 4, 46_430),
     quant("q4_1", 4, 51_130),
     quant("q4_k_s", 4, 46_672),
-    quant("q4_k_m", 4, 48_944),
+    Quant::Q4_K_M,
     quant("q5_0", 5, 55_730),
     quant("q5_1", 5, 60_440),
     quant("q5_k_s", 5, 55_704),
@@ -60,11 +60,21 @@ const SHORT: [(&str, &str); 9] = [
 ];
 
 impl Quant {
+    /// What `q4` means.
+    pub const Q4_K_M: Self = quant("q4_k_m", 4, 48_944);
+
     /// The format of this name: `q4`, `Q4_K_M`, `q8_0`, `bf16`.
     pub fn parse(name: &str) -> Option<Self> {
         let name = name.to_ascii_lowercase().replace('-', "_");
         let name = SHORT.iter().find(|(short, _)| *short == name).map_or(&*name, |(_, long)| long);
         QUANTS.into_iter().find(|quant| quant.name == name)
+    }
+
+    /// What a file counts as by the founding rule, whose linear layers have so many bits a weight.
+    pub fn of_bits(bits: u32) -> Self {
+        let usual = |quant: &&Self| SHORT.iter().any(|(_, name)| *name == quant.name) || quant.bits > 8;
+        let at_most = QUANTS.iter().filter(usual).filter(|quant| quant.bits <= bits.max(2));
+        at_most.max_by_key(|quant| quant.bits).copied().unwrap_or(Self::Q4_K_M)
     }
 
     /// Bytes of a file with so many parameters.
@@ -91,6 +101,8 @@ mod tests {
         }
         assert_eq!(Quant::parse("q4-K-M"), Quant::parse("q4"));
         assert_eq!(Quant::parse("q7"), None);
+        let of_bits = |bits| Quant::of_bits(bits).bits;
+        assert_eq!([0, 2, 4, 5, 6, 8, 9, 16, 32].map(of_bits), [2, 2, 4, 5, 6, 8, 8, 16, 32]);
     }
 
     #[test]

@@ -11,11 +11,11 @@
 //! The source gives no formula; the closed forms here reproduce all twenty cells, in integers so that no rounding
 //! error can move one. The table knows no batch, sequence length, rank or vocabulary: it is a floor.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tune_recipe::Method;
 
 /// A figure of the reference table with the formula that gives it.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reference {
     /// Method of the row.
     pub method: Method,

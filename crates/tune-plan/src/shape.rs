@@ -49,12 +49,12 @@ impl From<&ModelConfig> for Shape {
 impl Shape {
     /// Width of all query heads.
     pub fn q(&self) -> u64 {
-        self.num_attention_heads * self.head_dim
+        self.num_attention_heads.saturating_mul(self.head_dim)
     }
 
     /// Width of all key heads, and of all value heads.
     pub fn kv(&self) -> u64 {
-        self.num_key_value_heads * self.head_dim
+        self.num_key_value_heads.saturating_mul(self.head_dim)
     }
 
     /// The linear layers of one block: PEFT name, d_out, d_in.
@@ -73,45 +73,61 @@ impl Shape {
 
     /// Weights of all blocks' linear layers.
     pub fn linear_parameters(&self) -> u64 {
-        self.num_hidden_layers * self.block_linears().iter().map(|(_, d_out, d_in)| d_out * d_in).sum::<u64>()
+        let linears = self.block_linears();
+        sum(linears.iter().map(|(_, d_out, d_in)| d_out.saturating_mul(*d_in)))
+            .saturating_mul(self.num_hidden_layers)
     }
 
     /// Weights of the embedding and, when it is a matrix of its own, of the output head.
     pub fn embedding_parameters(&self) -> u64 {
-        self.vocab_size * self.hidden_size * if self.tied { 1 } else { 2 }
+        let matrix = self.vocab_size.saturating_mul(self.hidden_size);
+        matrix.saturating_mul(if self.tied { 1 } else { 2 })
     }
 
     /// Norms and biases.
     pub fn vector_parameters(&self) -> u64 {
-        let norms = 2 * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let biases = if self.attention_bias { self.q() + 2 * self.kv() } else { 0 };
-        self.num_hidden_layers * (norms + biases) + self.hidden_size
+        let head_norms = if self.qk_norm { self.head_dim.saturating_mul(2) } else { 0 };
+        let biases = if self.attention_bias { [self.q(), self.kv(), self.kv()] } else { [0; 3] };
+        let block = [self.hidden_size, self.hidden_size, head_norms].into_iter().chain(biases);
+        sum(block).saturating_mul(self.num_hidden_layers).saturating_add(self.hidden_size)
     }
 
     /// All weights, tied ones once.
     pub fn parameters(&self) -> u64 {
-        self.linear_parameters() + self.embedding_parameters() + self.vector_parameters()
+        sum([self.linear_parameters(), self.embedding_parameters(), self.vector_parameters()])
     }
 
     /// Adapter parameters per rank: Σ (d_in + d_out) over the targets.
     pub fn adapter_parameters_per_rank(&self, targets: &TargetModules, layers: &Layers) -> u64 {
-        let block: u64 = self
-            .block_linears()
-            .iter()
-            .filter(|(name, ..)| targets.contains(name))
-            .map(|(_, d_out, d_in)| d_out + d_in)
-            .sum();
-        block * self.adapted_layers(layers)
+        let linears = self.block_linears();
+        let adapted = linears.iter().filter(|(name, ..)| targets.contains(name));
+        let block = sum(adapted.map(|(_, d_out, d_in)| d_out.saturating_add(*d_in)));
+        block.saturating_mul(self.adapted_layers(layers))
     }
 
     /// Blocks with adapters.
     pub fn adapted_layers(&self, layers: &Layers) -> u64 {
-        (0..self.num_hidden_layers).filter(|layer| layers.contains(*layer as usize)).count() as u64
+        match layers {
+            Layers::All => self.num_hidden_layers,
+            Layers::Only(layers) => {
+                layers.iter().filter(|layer| (**layer as u64) < self.num_hidden_layers).count() as u64
+            }
+        }
     }
 
     /// Blocks from the lowest adapted one upwards: those that a backward pass goes through.
     pub fn traversed_layers(&self, layers: &Layers) -> u64 {
-        let lowest = (0..self.num_hidden_layers).find(|layer| layers.contains(*layer as usize));
-        lowest.map_or(0, |lowest| self.num_hidden_layers - lowest)
+        let lowest = match layers {
+            Layers::All => 0,
+            Layers::Only(layers) => {
+                layers.iter().min().map_or(self.num_hidden_layers, |lowest| *lowest as u64)
+            }
+        };
+        self.num_hidden_layers.saturating_sub(lowest)
     }
+}
+
+/// A sum that stops at the largest number: dimensions come from files.
+fn sum(parts: impl IntoIterator<Item = u64>) -> u64 {
+    parts.into_iter().fold(0, u64::saturating_add)
 }

@@ -67,24 +67,35 @@ pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<Weight
 /// What the weights of a model of this shape take when no file is at hand: NF4 block linears under QLoRA, else 16
 /// bits; embedding and head in 16 bits, norms in 32.
 pub fn from_shape(shape: &Shape, method: Method) -> WeightBytes {
+    in_bits(shape, if method == Method::Qlora { 4 } else { 16 })
+}
+
+/// The same with block linears in NF4, in `Q8_0` or in 16 bits.
+pub fn in_bits(shape: &Shape, bits: u32) -> WeightBytes {
     let linears = shape.linear_parameters();
-    let sixteen = |elements| elements * BlockType::BF16.block_bytes() as u64;
-    let linear_bytes = match method {
-        Method::Qlora => nf4_bytes(linears),
-        Method::Lora | Method::Full => sixteen(linears),
+    let sixteen = |elements: u64| elements.saturating_mul(BlockType::BF16.block_bytes() as u64);
+    let linear_bytes = match bits {
+        0..=5 => nf4_bytes(linears),
+        6..=9 => {
+            let q8 = BlockType::Q8_0;
+            (linears / q8.block_len() as u64).saturating_mul(q8.block_bytes() as u64)
+        }
+        _ => sixteen(linears),
     };
+    let other =
+        sixteen(shape.embedding_parameters()).saturating_add(shape.vector_parameters().saturating_mul(4));
     WeightBytes {
-        held: linear_bytes + sixteen(shape.embedding_parameters()) + 4 * shape.vector_parameters(),
+        held: linear_bytes.saturating_add(other),
         passing: 0,
         parameters: shape.parameters(),
-        linear_bits: (8 * linear_bytes / linears.max(1)) as u32,
+        linear_bits: (u128::from(linear_bytes) * 8 / u128::from(linears.max(1))) as u32,
     }
 }
 
 /// NF4 with double quantisation: half a byte a weight, one byte per 64, four bytes per 64 · 256, and one offset.
 pub(crate) fn nf4_bytes(elements: u64) -> u64 {
     let blocks = elements.div_ceil(64);
-    elements.div_ceil(2) + blocks + 4 * (blocks.div_ceil(256) + 1)
+    elements.div_ceil(2).saturating_add(blocks).saturating_add(4 * (blocks.div_ceil(256) + 1))
 }
 
 fn is_block_linear(name: &str) -> bool {

@@ -1,7 +1,11 @@
 //! Plans of known models, and what must hold for every plan.
 
 use proptest::prelude::*;
-use tune_plan::{MemoryPlan, PlanInput, estimate, find_in_catalogue, from_shape, reference, rough};
+use tune_plan::advice::Question;
+use tune_plan::memory::Pool;
+use tune_plan::{
+    Answer, MemoryPlan, PlanInput, Style, estimate, find_in_catalogue, from_shape, reference, rough,
+};
 use tune_recipe::{Dtype, Layers, Method, TargetModules};
 
 fn input(alias: &str, method: Method) -> PlanInput {
@@ -24,6 +28,10 @@ fn input(alias: &str, method: Method) -> PlanInput {
     }
 }
 
+fn text(input: PlanInput) -> String {
+    Answer::to(&Question::about(input, Pool::Shared), None, Vec::new()).to_text(Style::PLAIN)
+}
+
 fn bytes(plan: &MemoryPlan, term: &str) -> u64 {
     plan.estimate.terms.iter().find(|t| t.name == term).unwrap_or_else(|| panic!("no term {term}")).bytes
 }
@@ -31,19 +39,20 @@ fn bytes(plan: &MemoryPlan, term: &str) -> u64 {
 #[test]
 fn a_small_model_over_its_whole_table() {
     let plan = PlanInput { budget_bytes: Some(4_000_000_000), ..input("smollm2:135m", Method::Qlora) };
-    insta::assert_snapshot!(estimate(&plan));
+    insta::assert_snapshot!(text(plan));
 }
 
 #[test]
 fn an_8b_model_that_does_not_fit() {
     let plan = PlanInput { budget_bytes: Some(8 << 30), ..input("llama3.1:8b", Method::Qlora) };
-    insta::assert_snapshot!(estimate(&plan));
+    insta::assert_snapshot!(text(plan));
 }
 
 #[test]
 fn only_a_size() {
     let reference = reference::reference(Method::Qlora, 4, 7_000_000_000, true);
-    insta::assert_snapshot!(rough("7b".into(), reference, Some(4_500_000_000)));
+    let plan = rough("7b".into(), reference, Some(4_500_000_000));
+    insta::assert_snapshot!(Answer::of(plan, Pool::Shared).to_text(Style::PLAIN));
 }
 
 #[test]

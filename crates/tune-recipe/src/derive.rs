@@ -1,6 +1,11 @@
 //! Values that depend on other values: everything left to "auto".
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use toml::{Table, Value};
+
 use crate::error::{Problem, RecipeError};
+use crate::names;
 use crate::origin::Origin;
 use crate::spec::{Dtype, Method, Quantization, RunSpec};
 use crate::values::{Layers, TargetModules};
@@ -98,20 +103,30 @@ impl RunSpec {
         self.train.micro_batch_size.saturating_mul(self.data_options.sequence_len)
     }
 
-    /// Makes the micro-batch smaller and keeps the effective batch, for a run that would not fit. `false` when
-    /// it is one sequence already.
-    pub fn shrink_micro_batch(&mut self) -> bool {
-        let train = &mut self.train;
-        let smaller = largest_divisor(train.effective_batch_size, train.micro_batch_size.saturating_sub(1));
-        if train.micro_batch_size <= 1 {
+    /// Puts `value`, in TOML, in the place of the one at `path` (`train.seed`) for this reason. What is left to "auto" and
+    /// depends on it is chosen by the next [`RunSpec::refine`]. `false` where there is no such value.
+    pub fn change(&mut self, path: &str, value: &str, reason: &str) -> bool {
+        let Some((section, key)) = path.split_once('.') else { return false };
+        let Some(value) =
+            toml::from_str::<Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"))
+        else {
             return false;
+        };
+        // "auto" is what a value is when nobody wrote it.
+        let is_auto = value.as_str() == Some("auto") && names::AUTO.contains(&path);
+        let changed = is_auto
+            || match section {
+                "model" => put(&mut self.model, key, value),
+                "adapter" => put(&mut self.adapter, key, value),
+                "data_options" => put(&mut self.data_options, key, value),
+                "train" => put(&mut self.train, key, value),
+                _ => false,
+            };
+        if changed {
+            let origin = if is_auto { Origin::Default } else { Origin::Changed(reason.into()) };
+            self.origins.set(path, origin);
         }
-        train.micro_batch_size = smaller;
-        train.gradient_accumulation_steps = train.effective_batch_size / smaller;
-        let reason = Origin::Auto("made smaller to fit in memory".into());
-        self.origins.set("train.micro_batch_size", reason.clone());
-        self.origins.set("train.gradient_accumulation_steps", reason);
-        true
+        changed
     }
 
     /// Fills in every value that nobody wrote and that depends on another one.
@@ -210,6 +225,13 @@ impl RunSpec {
     }
 }
 
+/// Puts a value into a section; `false` where it has no such key or takes no such value.
+fn put<T: Serialize + DeserializeOwned>(section: &mut T, key: &str, value: Value) -> bool {
+    let Ok(mut table) = Table::try_from(&*section) else { return false };
+    table.insert(key.to_owned(), value);
+    table.try_into().map(|changed| *section = changed).is_ok()
+}
+
 /// The largest divisor of `n` that is at most `limit`, and at least 1.
 fn largest_divisor(n: usize, limit: usize) -> usize {
     (1..=limit.min(n)).rev().find(|d| n.is_multiple_of(*d)).unwrap_or(1)
@@ -244,18 +266,22 @@ mod tests {
     }
 
     #[test]
-    fn a_shrunk_micro_batch_keeps_the_effective_batch() {
-        let mut spec = parse(
-            "t",
-            "[model]\nbase=\"b\"\n[[data]]\npath=\"d\"",
-            &[Override::set("train.micro_batch_size=8")],
-        )
-        .unwrap();
-        let mut sizes = vec![spec.train.micro_batch_size];
-        while spec.shrink_micro_batch() {
-            assert_eq!(spec.train.micro_batch_size * spec.train.gradient_accumulation_steps, 16);
-            sizes.push(spec.train.micro_batch_size);
+    fn a_changed_value_counts_as_written_and_says_why() {
+        let mut spec = parse("t", "[model]\nbase=\"b\"\n[[data]]\npath=\"d\"", &[]).unwrap();
+        assert!(spec.change("train.micro_batch_size", "2", "to fit in memory"));
+        assert!(spec.change("adapter.layers", "\"2-3\"", "to fit in memory"));
+        assert_eq!(spec.train.micro_batch_size, 2);
+        assert_eq!(spec.adapter.layers, crate::Layers::Only(vec![2, 3]));
+        assert!(spec.origins.is_written("train.micro_batch_size"));
+        assert!(spec.to_toml().contains("micro_batch_size = 2  # changed: to fit in memory"));
+        for (path, value) in [
+            ("train.sed", "1"),
+            ("train.seed", "\"x\""),
+            ("seed", "1"),
+            ("trian.seed", "1"),
+            ("train.seed", ""),
+        ] {
+            assert!(!spec.change(path, value, "no"), "{path} {value}");
         }
-        assert_eq!(sizes, [8, 4, 2, 1]);
     }
 }

@@ -7,6 +7,7 @@
 
 mod check;
 mod derive;
+mod edit;
 mod error;
 mod names;
 mod origin;
@@ -16,6 +17,7 @@ mod spec;
 mod values;
 
 pub use derive::BaseFacts;
+pub use edit::edit;
 pub use error::{Problem, RecipeError};
 pub use names::sections;
 pub use origin::{Origin, Origins};

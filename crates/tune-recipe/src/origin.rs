@@ -15,12 +15,14 @@ pub enum Origin {
     CommandLine(&'static str),
     /// Left to `tune`, by "auto" or by absence, and chosen for this reason.
     Auto(String),
+    /// Put in the place of what was written or chosen, for this reason.
+    Changed(String),
 }
 
 impl Origin {
-    /// Whether a person wrote the value.
+    /// Whether the value is not to be chosen again: a person wrote it, or it was changed with what they wrote in view.
     pub fn is_written(&self) -> bool {
-        matches!(self, Self::Recipe | Self::CommandLine(_))
+        matches!(self, Self::Recipe | Self::CommandLine(_) | Self::Changed(_))
     }
 }
 
@@ -31,6 +33,7 @@ impl fmt::Display for Origin {
             Self::Recipe => f.write_str("recipe"),
             Self::CommandLine(flag) => f.write_str(flag),
             Self::Auto(reason) => write!(f, "auto: {reason}"),
+            Self::Changed(reason) => write!(f, "changed: {reason}"),
         }
     }
 }
@@ -48,6 +51,11 @@ impl Origins {
     /// Whether a person wrote the value at `path`.
     pub fn is_written(&self, path: &str) -> bool {
         self.get(path).is_written()
+    }
+
+    /// Whether the value at `path` was given on the command line.
+    pub fn is_from_command_line(&self, path: &str) -> bool {
+        matches!(self.get(path), Origin::CommandLine(_))
     }
 
     /// Records the origin of the value at `path`.

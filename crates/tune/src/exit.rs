@@ -64,6 +64,21 @@ pub struct NotAsTrained {
     pub problems: Vec<String>,
 }
 
+/// A run whose files exceed the room on the disk.
+#[derive(Debug, Error, Diagnostic)]
+#[error("the run writes {needed} and {folder} has room for {available}")]
+pub struct NoRoom {
+    /// What it writes, for people.
+    pub needed: String,
+    /// Where.
+    pub folder: String,
+    /// Room there, for people.
+    pub available: String,
+    /// What it consists of and what to change.
+    #[help]
+    pub help: String,
+}
+
 /// The exit code of an error that reached `main`.
 pub fn code_of(report: &Report) -> ExitCode {
     let is_bad_reference = matches!(report.downcast_ref(), Some(HubError::BadReference { .. }));

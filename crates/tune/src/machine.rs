@@ -30,6 +30,7 @@ pub fn cpu_seconds() -> Option<f64> {
     None
 }
 
+use tune_plan::Device;
 use tune_recipe::Dtype;
 
 /// Bytes that a run may use: nine tenths of what is available now, but not the last 1.5 GiB. `None` where the
@@ -40,9 +41,14 @@ pub fn usable_memory() -> Option<u64> {
     Some((available / 10 * 9).min(available.saturating_sub(RESERVE)))
 }
 
+/// This machine as a device to plan for. `None` where the system does not tell.
+pub fn device() -> Option<Device> {
+    Some(Device::measured(memory_of("MemTotal:")?, usable_memory()?))
+}
+
 /// `MemAvailable` of Linux, or what the control group of a container has left, where that is less.
 fn available_memory() -> Option<u64> {
-    let system = system_memory()?;
+    let system = memory_of("MemAvailable:")?;
     let number =
         |file| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
     let of_group =
@@ -50,9 +56,9 @@ fn available_memory() -> Option<u64> {
     Some(of_group.map_or(system, |left| left.min(system)))
 }
 
-fn system_memory() -> Option<u64> {
+fn memory_of(field: &str) -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }

@@ -7,12 +7,14 @@
 #![allow(unreachable_pub)]
 
 mod commands;
+mod disk_room;
 mod download;
 mod exit;
 mod inputs;
 mod loss_plot;
 mod machine;
 mod memory_gate;
+mod memory_picture;
 mod model;
 mod progress;
 mod samples;

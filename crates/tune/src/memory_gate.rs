@@ -1,70 +1,145 @@
 //! The gate before every run: the estimate against what the run may use.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use indicatif::HumanBytes;
 use serde_json::json;
 use tune_data::Sample;
 use tune_formats::BaseModel;
-use tune_plan::{MemoryPlan, PlanInput, Shape};
-use tune_recipe::{Budget, Method, OnExceed, RunSpec};
+use tune_plan::advice::{Change, Question, Way};
+use tune_plan::memory::Pool;
+use tune_plan::{MemoryPlan, PlanInput, Shape, Term};
+use tune_recipe::{Budget, Method, OnExceed, Overlong, Quantization, RunSpec};
 
+use crate::disk_room::{self, Tensors};
 use crate::exit::DoesNotFit;
-use crate::machine;
+use crate::{inputs, machine};
 
 /// A plan that has passed.
 pub struct Gate {
+    input: PlanInput,
     plan: MemoryPlan,
     /// Blocks that do not keep their activations.
     made_again: u64,
+    /// What was changed so that the run fits, as `SECTION.KEY=VALUE`.
+    fitted: Vec<String>,
     notes: Vec<String>,
 }
 
+/// How a run starts.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// From the beginning.
+    Fresh,
+    /// From a checkpoint, with what was changed when the run began: only with the same settings can it go on.
+    Resumed(Vec<String>),
+}
+
+impl Start {
+    /// The resumed run in `folder`, whose `plan.json` says what was changed when it began. The values are put into
+    /// `spec`, unless the command line names others.
+    pub fn resumed(plan: &Path, spec: &mut RunSpec) -> Self {
+        let text = std::fs::read_to_string(plan).unwrap_or_default();
+        let plan: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let fitted = plan["fitted"].as_array().into_iter().flatten().filter_map(|setting| setting.as_str());
+        let fitted: Vec<String> = fitted.map(str::to_owned).collect();
+        for setting in &fitted {
+            if let Some((path, value)) = setting.split_once('=')
+                && !spec.origins.is_from_command_line(path)
+            {
+                spec.change(path, value, "to fit in memory when the run began");
+            }
+        }
+        Self::Resumed(fitted)
+    }
+}
+
 /// Compares the estimate for `spec` over `base` with the memory that the run may use. Under `on_exceed = "fit"`
-/// the micro-batch of `spec` is made smaller until it fits.
-pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::Result<Gate> {
+/// `spec` is changed until it fits, with the least harm; a run that goes on keeps the values it began with.
+pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample], start: Start) -> miette::Result<Gate> {
+    let question = question(spec, base, rows)?;
+    let plan = question.plan();
+    let fits = plan.fits.unwrap_or(true);
+    match (spec.memory.on_exceed, start) {
+        (_, Start::Resumed(fitted)) if fits => Ok(Gate::new(&question, plan, fitted, Vec::new())),
+        (_, Start::Fresh) if fits => Ok(Gate::new(&question, plan, Vec::new(), Vec::new())),
+        (OnExceed::Warn, start) => {
+            let fitted = match start {
+                Start::Fresh => Vec::new(),
+                Start::Resumed(fitted) => fitted,
+            };
+            let note = "the run may not fit in memory (memory.on_exceed = \"warn\")".into();
+            Ok(Gate::new(&question, plan, fitted, vec![note]))
+        }
+        (OnExceed::Fit, Start::Fresh) => {
+            let ways = question.ways();
+            let Some(way) = ways.first() else { return Err(refusal(&plan, &ways, false).into()) };
+            for (path, value) in way.changes.iter().flat_map(Change::settings) {
+                spec.change(path, &value, "to fit in memory");
+            }
+            spec.refine(&inputs::facts(base))?;
+            let question = self::question(spec, base, rows)?;
+            let plan = question.plan();
+            if plan.fits == Some(false) {
+                return Err(refusal(&plan, &question.ways(), false).into());
+            }
+            let notes = way.settings.iter().map(|setting| format!("{setting}, to fit in memory")).collect();
+            Ok(Gate::new(&question, plan, way.settings.clone(), notes))
+        }
+        (OnExceed::Fit | OnExceed::Refuse, start) => {
+            Err(refusal(&plan, &question.ways(), matches!(start, Start::Resumed(_))).into())
+        }
+    }
+}
+
+/// What the gate asks: what the run needs over these rows, and what of it may change without asking the user. Not the
+/// base, and not whether all weights are trained.
+fn question(spec: &RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::Result<Question> {
     let budget = match spec.memory.budget {
         Budget::Auto => machine::usable_memory(),
         Budget::Bytes(bytes) => Some(bytes),
     };
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
-    let on_exceed = spec.memory.on_exceed;
-    let mut notes = Vec::new();
     let shape = Shape::from(&base.config);
-    let blocks = match spec.adapter.method {
-        Method::Full => shape.num_hidden_layers,
-        Method::Lora | Method::Qlora => shape.traversed_layers(&spec.adapter.layers),
+    let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
+    input.sequence_len = longest_row(spec, rows);
+    let four_bit = match spec.adapter.method {
+        Method::Full => None,
+        Method::Lora | Method::Qlora => Some(tune_plan::from_model(base, Quantization::Nf4)?),
     };
-    loop {
-        let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
-        input.sequence_len = longest_row(spec, rows);
-        let plan = tune_plan::estimate(&input.keep_what_fits(spec));
-        let fits = plan.fits.unwrap_or(true);
-        match on_exceed {
-            _ if fits => {
-                return Ok(Gate {
-                    made_again: blocks.saturating_sub(plan.kept_blocks.unwrap_or(0)),
-                    plan,
-                    notes,
-                });
-            }
-            OnExceed::Warn => {
-                notes.push("the run may not fit in memory (memory.on_exceed = \"warn\")".into());
-                return Ok(Gate {
-                    made_again: blocks.saturating_sub(plan.kept_blocks.unwrap_or(0)),
-                    plan,
-                    notes,
-                });
-            }
-            OnExceed::Fit if spec.shrink_micro_batch() => {
-                notes.push(format!("micro_batch_size is now {}", spec.train.micro_batch_size));
-            }
-            OnExceed::Fit | OnExceed::Refuse => return Err(refusal(spec, &plan).into()),
-        }
-    }
+    Ok(Question {
+        keeps_what_fits: !spec.origins.is_written("train.gradient_checkpointing"),
+        lora_alpha: spec.origins.is_written("adapter.lora_alpha").then_some(spec.adapter.lora_alpha),
+        four_bit,
+        sequence_is_fixed: spec.data_options.overlong == Overlong::Error,
+        // An adapter to go on with has its rank and its layers.
+        layers_may_change: spec.adapter.init_adapter.is_none(),
+        rank_may_change: spec.adapter.init_adapter.is_none(),
+        ..Question::about(input, Pool::Shared)
+    })
 }
 
 impl Gate {
+    fn new(question: &Question, plan: MemoryPlan, fitted: Vec<String>, notes: Vec<String>) -> Self {
+        let blocks = match question.input.method {
+            Method::Full => question.input.shape.num_hidden_layers,
+            Method::Lora | Method::Qlora => question.input.shape.traversed_layers(&question.input.layers),
+        };
+        let made_again = blocks.saturating_sub(plan.kept_blocks.unwrap_or(0));
+        Self { input: question.input.clone(), made_again, plan, fitted, notes }
+    }
+
+    /// What the run writes, without the rows that are kept already.
+    pub fn disk(&self, spec: &RunSpec, base: &BaseModel) -> Vec<Term> {
+        disk_room::terms(&self.input, spec, Tensors { shape: &self.input.shape, base: Some(base) }, None)
+    }
+
+    /// Whether the rows must be read again, because sequences became shorter.
+    pub fn shortens_rows(&self) -> bool {
+        self.fitted.iter().any(|setting| setting.starts_with("data_options."))
+    }
+
     /// Predicted peak in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.plan.estimate.peak_bytes
@@ -95,8 +170,11 @@ impl Gate {
     /// The content of `plan.json`, after the run with what was measured.
     pub fn json(&self, measured_peak: Option<u64>) -> String {
         let mut plan = serde_json::to_value(&self.plan).unwrap_or_default();
-        if let (Some(object), Some(peak)) = (plan.as_object_mut(), measured_peak) {
-            object.insert("measured".into(), json!({ "peak_bytes": peak }));
+        if let Some(object) = plan.as_object_mut() {
+            object.insert("fitted".into(), json!(self.fitted));
+            if let Some(peak) = measured_peak {
+                object.insert("measured".into(), json!({ "peak_bytes": peak }));
+            }
         }
         serde_json::to_string_pretty(&plan).unwrap_or_default() + "\n"
     }
@@ -110,26 +188,27 @@ fn longest_row(spec: &RunSpec, rows: &[Sample]) -> u64 {
     row.min(total) as u64
 }
 
-fn refusal(spec: &RunSpec, plan: &MemoryPlan) -> DoesNotFit {
-    let mut changes = Vec::new();
-    if spec.train.micro_batch_size > 1 {
-        changes.push("--set train.micro_batch_size=1 (the effective batch stays)");
+/// Why the run does not start, and what would let it.
+fn refusal(plan: &MemoryPlan, ways: &[Way], is_resumed: bool) -> DoesNotFit {
+    let largest = plan.estimate.terms.iter().max_by_key(|term| term.bytes);
+    let mut help =
+        largest.map_or(String::new(), |t| format!("largest part: {}, {}\n", t.name, HumanBytes(t.bytes)));
+    if is_resumed {
+        help.push_str(
+            "a run goes on only with the settings that it began with: give it more memory (memory.budget), or start \
+             over with --resume never",
+        );
+    } else if ways.is_empty() {
+        help.push_str("no change of this recipe is enough: take a smaller base, or one of fewer bits");
+    } else {
+        let lines = ways.iter().map(Way::as_set);
+        help.push_str("it fits with any of these, the one of least harm first:\n  ");
+        help.push_str(&lines.collect::<Vec<_>>().join("\n  "));
+        help.push_str("\nor with memory.on_exceed = \"fit\", which takes the first");
     }
-    if !spec.train.gradient_checkpointing {
-        changes.push("--set train.gradient_checkpointing=true (or \"auto\")");
-    }
-    changes.extend([
-        "a shorter data_options.sequence_len",
-        "a smaller adapter.r",
-        "a base of fewer bits",
-        "memory.budget, if the machine has more to give",
-    ]);
-    let terms = plan.estimate.terms.iter().max_by_key(|term| term.bytes);
-    let largest =
-        terms.map_or(String::new(), |t| format!("largest part: {}, {}\n", t.name, HumanBytes(t.bytes)));
     DoesNotFit {
-        needed: HumanBytes(plan.estimate.upper_bytes).to_string(),
+        needed: HumanBytes(Pool::Shared.needed_bytes(plan)).to_string(),
         budget: HumanBytes(plan.budget_bytes.unwrap_or_default()).to_string(),
-        help: format!("{largest}try, in this order: {}", changes.join("; ")),
+        help,
     }
 }

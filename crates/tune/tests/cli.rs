@@ -58,6 +58,11 @@ impl Bench {
 
     /// Runs `tune` and gives its exit code with what it wrote, in the form of a snapshot.
     fn run(&self, args: &[&str]) -> String {
+        self.run_in_columns("", args)
+    }
+
+    /// The same in a terminal of so many columns.
+    fn run_in_columns(&self, columns: &str, args: &[&str]) -> String {
         let mut command = Command::cargo_bin("tune").expect("the binary is built");
         let output = command
             .args(args)
@@ -67,6 +72,7 @@ impl Bench {
             .env("PATH", self.path("no-programs"))
             .env("HF_ENDPOINT", "http://127.0.0.1:9")
             .env("NO_COLOR", "1")
+            .env("COLUMNS", columns)
             .env("TUNE_CPU", "avx2") // plans differ by what the processor multiplies
             .output()
             .expect("tune runs");
@@ -308,4 +314,97 @@ fn a_plan_for_no_device() {
 #[test]
 fn the_plan_of_a_model_that_is_not_here() {
     insta::assert_snapshot!(Bench::new().run(&["plan", "--model", "hf:somebody/something"]));
+}
+
+#[test]
+fn the_plan_of_a_model_that_only_runs() {
+    let options = ["--quant", "q4", "--context", "8192", "--users", "2", "--kv-cache", "fp8"];
+    let model = ["plan", "--model", "llama3.1:8b", "--method", "inference", "--device", "8GiB"];
+    let text = Bench::new().run(&[&model[..], &options[..]].concat());
+    assert!(text.starts_with("exit 0\n"), "{text}");
+    // The founding formulas, and the count beside them.
+    assert!(text.contains("4.82 GB   1.2 · 4 bits · 8.03 billion"), "{text}");
+    assert!(text.contains("1.07 GB   2 · 2 · 8192 · 32 · 8 · 128 · 1 bytes"), "{text}");
+    assert!(text.contains("4.91 GB   8.03 billion × 4.8944 bits, as files of q4_k_m have"), "{text}");
+    assert!(text.contains("may use     8.59 GB: fits"), "{text}");
+}
+
+#[test]
+fn a_model_that_does_not_even_run() {
+    let args = ["plan", "--model", "llama2:70b", "--method", "inference", "--device", "rtx4060", "--json"];
+    let text = Bench::new().run(&args);
+    assert!(text.starts_with("exit 3\n"), "{text}");
+    assert!(text.contains("\"fits\": false") && text.contains("\"method\": \"inference\""), "{text}");
+}
+
+#[test]
+fn a_file_that_only_runs_counts_as_it_is_stored() {
+    let model = models().join("llama-tied");
+    let model = model.to_string_lossy();
+    let text = Bench::new().run(&["plan", "--model", &model, "--method", "inference", "--device", "1GB"]);
+    assert!(text.starts_with("exit 0\n"), "{text}");
+    assert!(text.contains("as stored in the file"), "{text}");
+}
+
+#[test]
+fn formats_in_the_wrong_place_are_refused() {
+    let unknown = Bench::new().run(&["plan", "--model", "8b", "--method", "inference", "--quant", "q7"]);
+    assert!(unknown.starts_with("exit 2\n") && unknown.contains("no format of weights"), "{unknown}");
+    let trained = Bench::new().run(&["plan", "--model", "8b", "--quant", "q4"]);
+    assert!(trained.starts_with("exit 2\n") && trained.contains("--method inference"), "{trained}");
+}
+
+#[test]
+fn the_plan_of_a_model_that_was_only_announced() {
+    let args = ["plan", "--model", "Qwen 3.6 Coder 27B", "--method", "qlora", "--device", "24GiB"];
+    let text = Bench::new().run(&args);
+    assert!(text.contains("no model is called Qwen 3.6 Coder 27B: planned as Qwen3.6-27B"), "{text}");
+}
+
+// The catalogue.
+
+#[test]
+fn all_models_are_listed() {
+    let text = Bench::new().run(&["models", "--device", "8GiB"]);
+    assert!(text.starts_with("exit 0\n---- stdout\n45 models; "), "{text}");
+    for alias in
+        ["smollm2:135m", "llama3.2:3b", "qwen2.5:14b", "qwen3:8b", "deepseek-r1:8b", "phi4-mini:3.8b"]
+    {
+        assert!(text.contains(&format!("\n{alias} ")), "{alias}: {text}");
+    }
+}
+
+#[test]
+fn models_in_any_width() {
+    let args = ["models", "gemma4", "--device", "rtx4060"];
+    let list = |columns| Bench::new().run_in_columns(columns, &args);
+    let wide = list("");
+    assert!(wide.contains("5 models; ✓ fits RTX 4060") && wide.contains("licence"), "{wide}");
+    for columns in ["90", "60"] {
+        let narrow = list(columns);
+        assert!(!narrow.contains("licence") && narrow.contains("gemma4:e2b"), "{narrow}");
+        let table = narrow.lines().skip(2).take_while(|line| !line.starts_with("GB at most"));
+        let limit = columns.parse().expect("a number");
+        for line in table.skip_while(|line| line.contains("models;")) {
+            assert!(line.chars().count() <= limit, "{columns}: {line}");
+        }
+    }
+}
+
+#[test]
+fn a_model_in_json() {
+    let text = Bench::new().run(&["models", "gemma4:12b", "--device", "24GiB", "--json"]);
+    let json = text.split("---- stdout\n").nth(1).and_then(|text| text.split("---- stderr").next());
+    let json: serde_json::Value = serde_json::from_str(json.expect("standard output")).expect("JSON");
+    let model = &json["models"][0];
+    assert_eq!(model["parameters"], 11_907_350_272u64);
+    assert_eq!(model["trainable"], false);
+    assert_eq!(model["fits"]["full"], false);
+    assert_eq!(json["device"]["usable_bytes"], 24u64 << 30);
+}
+
+#[test]
+fn a_model_that_is_nowhere() {
+    let text = Bench::new().run(&["models", "gema4"]);
+    assert!(text.starts_with("exit 2\n") && text.contains("did you mean gemma4"), "{text}");
 }

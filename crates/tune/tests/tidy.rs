@@ -107,3 +107,22 @@ fn every_crate_inherits_the_workspace_lints() {
         assert!(text.contains("[lints]\nworkspace = true"), "{} has its own lints", manifest.display());
     }
 }
+
+#[test]
+fn models_that_are_fetched_by_name_are_planned_by_the_same_name() {
+    for entry in tune_hub::catalogue() {
+        let alias = &entry.alias;
+        let planned = tune_plan::find_in_catalogue(alias).unwrap_or_else(|| panic!("{alias} is not planned"));
+        assert_eq!(planned.layout.parameters(), entry.parameters, "{alias}");
+        assert_eq!(planned.architecture, entry.architecture, "{alias}");
+        assert_eq!(planned.licence, entry.licence, "{alias}");
+        for spelling in entry.spellings() {
+            assert_eq!(tune_plan::find_in_catalogue(spelling), Some(planned), "{spelling}");
+        }
+        for source in &entry.sources {
+            if let tune_hub::Source::Hub { repository, file: None, .. } = source {
+                assert!(planned.repositories.contains(repository), "{alias}: {repository}");
+            }
+        }
+    }
+}

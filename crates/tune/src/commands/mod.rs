@@ -7,6 +7,7 @@ mod eval;
 mod export;
 mod generate;
 mod logits;
+mod models;
 mod plan;
 mod pull;
 mod train;
@@ -22,6 +23,8 @@ pub enum Command {
     Train(train::Args),
     /// Tell how much memory a run needs, without running it
     Plan(plan::Args),
+    /// List published models: what each method needs, and what runs here
+    Models(models::Args),
     /// Fetch a model and print where it is
     Pull(pull::Args),
     /// Show what a recipe's data becomes: counts, lengths, and which tokens are trained
@@ -46,6 +49,7 @@ pub fn run(command: Command) -> miette::Result<ExitCode> {
     match command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Models(args) => models::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Data(args) => data::run(&args),
         Command::Generate(args) => generate::run(&args),

@@ -13,9 +13,10 @@ use tune_recipe::{Method, Override, Quantization, Resume, RunSpec};
 use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
 
 use super::export;
+use crate::disk_room;
 use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
-use crate::memory_gate::{self, Gate};
+use crate::memory_gate::{self, Gate, Start};
 use crate::progress::{Mode, Progress};
 use crate::samples;
 
@@ -67,7 +68,15 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     }
     export::warn_of_targets(&inputs.spec, &say);
     say(format!("base      {} ({})", inputs.resolved.reference, inputs.resolved.origin));
-    let dataset = inputs.dataset()?;
+    // A run that goes on keeps what was changed when it began.
+    let folder = RunFolder::new(&inputs.spec.run.out);
+    let start = match &inputs.spec.checkpoint.resume {
+        Resume::Auto if checkpoint::newest(&folder).is_some() => true,
+        Resume::Path(_) => true,
+        Resume::Auto | Resume::Never => false,
+    };
+    let start = if start { Start::resumed(&folder.plan(), &mut inputs.spec) } else { Start::Fresh };
+    let mut dataset = inputs.dataset()?;
     let report = &dataset.report;
     say(format!(
         "data      {} rows, {} tokens, {} trained{}",
@@ -79,11 +88,17 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             dropped => format!("; {dropped} rows left out, see `tune data`"),
         },
     ));
-    let (train, held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+    let (mut train, mut held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
 
     // Does it fit?
-    let gate = memory_gate::check(&mut inputs.spec, base, &train)?;
+    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &train, start)?;
+    if gate.shortens_rows() {
+        dataset = inputs.dataset()?;
+        (train, held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+    }
     say(gate.summary());
+    let base = &inputs.base;
+    disk_room::check(&inputs.spec.run.out, &gate.disk(&inputs.spec, base))?;
     if args.dry_run {
         return Ok(ExitCode::SUCCESS);
     }
@@ -91,7 +106,6 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     // The run. Its run.toml goes on with it, however this start was asked for.
     let resume = std::mem::replace(&mut inputs.spec.checkpoint.resume, Resume::Auto);
     let spec = &inputs.spec;
-    let folder = RunFolder::new(&spec.run.out);
     let resume_from = resume_point(&resume, &folder, &say)?;
     let stop = stop_on_ctrl_c()?;
     let setup = Setup {

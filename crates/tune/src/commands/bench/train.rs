@@ -131,7 +131,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let documents =
         args.text.documents(all_steps * args.batch.get(), args.seq, &inputs.tokenizer, &inputs.base)?;
     let rows: Vec<Sample> = documents.into_iter().map(|ids| Sample::new(ids, vec![true; args.seq])).collect();
-    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &rows)?;
+    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &rows, memory_gate::Start::Fresh)?;
 
     let spec = &inputs.spec;
     let folder = tempfile::tempdir().into_diagnostic()?;

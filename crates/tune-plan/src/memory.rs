@@ -1,0 +1,60 @@
+//! Where the bytes of a run lie: in one memory, or on both sides of a bus.
+
+use serde::{Deserialize, Serialize};
+
+use crate::estimate::{MemoryPlan, Term};
+
+/// Which memory a budget is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pool {
+    /// One memory for everything: the CPU backend, and Apple's unified memory.
+    #[default]
+    Shared,
+    /// The memory of a graphics card, beside that of the host.
+    Device,
+}
+
+/// What lies in which memory at the peak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Split {
+    /// Which memory the budget is.
+    pub pool: Pool,
+    /// Upper end of what the budget is compared with.
+    pub needed_bytes: u64,
+    /// On the host beside a device; 0 where there is one memory.
+    pub host_bytes: u64,
+}
+
+impl Pool {
+    /// Where the parts of `plan` lie.
+    pub fn split(self, plan: &MemoryPlan) -> Split {
+        let upper = plan.estimate.upper_bytes;
+        let sum = |names: &[&str]| {
+            let terms = plan.estimate.terms.iter().filter(|term| names.contains(&&*term.name));
+            terms.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
+        };
+        // Pages that were only read once give way under pressure: they count for what is seen, not for what fits.
+        let passing = sum(&["pages read once"]);
+        match self {
+            Self::Shared => Split { pool: self, needed_bytes: upper.saturating_sub(passing), host_bytes: 0 },
+            Self::Device => {
+                let host = sum(&HOST);
+                Split { pool: self, needed_bytes: upper.saturating_sub(host), host_bytes: host }
+            }
+        }
+    }
+
+    /// Upper end of what the budget is compared with.
+    pub fn needed_bytes(self, plan: &MemoryPlan) -> u64 {
+        self.split(plan).needed_bytes
+    }
+}
+
+/// Beside a device, the program with its tokenizer and rows, and the mapped file, stay on the host.
+const HOST: [&str; 2] = ["process", "pages read once"];
+
+/// Whether a term lies on the host where there is a device.
+pub fn is_on_host(term: &Term) -> bool {
+    HOST.contains(&&*term.name)
+}
