@@ -81,21 +81,23 @@ impl Gap {
         let mut causes = vec![
             cause("weights", difference(weights, reading.weights)),
             cause("adapters, gradients, optimizer", difference(trained, reading.trained)),
-            cause("the reference's overhead and rounding", difference(0, rest)),
+            cause(
+                "the reference's overhead and rounding",
+                difference(reading.weights.saturating_add(reading.trained), figure),
+            ),
         ];
         let rest = live.iter().filter(|term| {
             let part = Part::of(&term.name);
             part != Part::Weights && !is_trained(part)
         });
-        let mut named = 0u64;
-        for term in rest {
-            named = named.saturating_add(term.bytes);
-            causes.push(cause(&term.name, difference(term.bytes, 0)));
-        }
-        causes.push(cause("unused room of the allocator", difference(other, named)));
+        causes.extend(rest.map(|term| cause(&term.name, difference(term.bytes, 0))));
+        let bytes = difference(plan.estimate.peak_bytes, figure);
+        // What is left is nobody's: pages of the allocator that hold nothing.
+        let left = causes.iter().fold(bytes, |left, cause| left.saturating_sub(cause.bytes));
+        causes.push(cause("unused room of the allocator", left));
         causes.retain(|cause| cause.bytes != 0);
         causes.sort_by_key(|cause| std::cmp::Reverse(cause.bytes.unsigned_abs()));
-        Some(Self { bytes: difference(plan.estimate.peak_bytes, figure), rows, causes })
+        Some(Self { bytes, rows, causes })
     }
 }
 

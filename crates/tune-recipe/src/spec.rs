@@ -358,7 +358,7 @@ pub enum OnExceed {
     /// The run does not start.
     #[default]
     Refuse,
-    /// The micro-batch is made smaller until the run fits, and the change is reported.
+    /// What has the least harm is changed until the run fits, and reported.
     Fit,
     /// The run starts after a warning.
     Warn,
