@@ -139,11 +139,12 @@ pub fn export(
     refuse_to_overwrite_base(request)?;
     let mut notes = Vec::new();
     let written = match request.target {
-        ExportTarget::GgufLora => gguf_adapter::write(request, &mut notes, progress)?,
-        ExportTarget::Gguf(file_type) => gguf_model::write(request, file_type, &mut notes, progress)?,
-        ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
-        ExportTarget::Peft => write_peft(request, &mut notes, progress)?,
-    };
+        ExportTarget::GgufLora => gguf_adapter::write(request, &mut notes, progress),
+        ExportTarget::Gguf(file_type) => gguf_model::write(request, file_type, &mut notes, progress),
+        ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress),
+        ExportTarget::Peft => write_peft(request, &mut notes, progress),
+    }
+    .map_err(|error| error.of_target(request.out))?;
     let modelfile = match request.target {
         ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::write(request, &mut notes)?),
         ExportTarget::Safetensors | ExportTarget::Peft => None,

@@ -112,6 +112,7 @@ impl<'a> MergedTensor<'a> {
                     effect += of_chunk;
                     write(&bytes)?;
                 }
+                matrix.base.release();
                 Ok(effect)
             }
         }

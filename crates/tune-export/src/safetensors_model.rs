@@ -288,6 +288,7 @@ fn verify(
             at += bytes.len();
             Ok(())
         })?;
+        found.release();
         if at != found.len() {
             differences.push(format!("{}: {} bytes, expected {at}", spec.name, found.len()));
         }
