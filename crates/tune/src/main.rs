@@ -14,6 +14,7 @@ mod loss_plot;
 mod machine;
 mod memory_gate;
 mod model;
+mod model_card;
 mod progress;
 mod samples;
 

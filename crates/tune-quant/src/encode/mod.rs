@@ -173,7 +173,7 @@ mod tests {
         values.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = 0.0);
         // zeros of both signs, alone, above nothing, and below something
         values.extend((0..2560).map(|i| {
-            let zero = if random() < 0.0 { -0.0 } else { 0.0 };
+            let zero: f32 = if random() < 0.0 { -0.0 } else { 0.0 };
             [zero, zero.copysign(random()), f32::max(random(), zero), -f32::max(random(), zero)][i / 32 % 4]
         }));
         for block_type in BlockType::ALL.into_iter().filter(|t| t.can_encode()) {

@@ -19,10 +19,11 @@ use tune_models::Llama;
 use tune_recipe::{Method, Quantization, RunSpec, Verify};
 use tune_train::RunFolder;
 
-use crate::download;
 use crate::exit::UsageError;
 use crate::inputs::Inputs;
 use crate::model::trained_base;
+use crate::model_card::{self, Card};
+use crate::{download, loss_plot};
 
 /// Below this much of the update, answers are closer to the base's than to the trained ones.
 const LEAST_KEPT: f64 = 0.9;
@@ -51,6 +52,13 @@ pub struct Args {
     /// Another copy of the base, such as one that is not quantised
     #[arg(long, value_name = "REF")]
     base: Option<String>,
+    /// Largest file of a safetensors folder, such as 2GB [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_shard_size: Option<u64>,
+}
+
+fn size(text: &str) -> std::result::Result<u64, String> {
+    tune_recipe::parse_bytes(text).ok_or_else(|| "expected a size such as 500MB or 2GB".to_owned())
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -63,8 +71,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let adapter = if trains_all { no_adapter() } else { read_adapter(&folder, spec.is_some())? };
     let reference = base_reference(args, spec.as_ref(), &adapter)?;
-    let path = download::resolve(&ModelRef::parse(&reference)?, false)?.path;
-    let base = if trains_all { trained_base(&folder, &path)? } else { tune_formats::open(&path)? };
+    let resolved = download::resolve(&ModelRef::parse(&reference)?, false)?;
+    let path = &resolved.path;
+    let base = if trains_all { trained_base(&folder, path)? } else { tune_formats::open(path)? };
     let tokenizer = Tokenizer::from_base(&base)?;
 
     let name = spec.as_ref().map_or_else(|| name_of(&args.run), |spec| spec.run.name.clone());
@@ -80,7 +89,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         base: &base,
         adapter: &adapter,
         tokenizer: &tokenizer,
-        spec: spec.as_ref(),
+        licence: resolved.licence.as_deref(),
+        run: spec.as_ref().map(|spec| (spec, &folder)),
+        max_shard_bytes: args.max_shard_size,
     };
     let report = job.write(target, &out, replace_folder)?;
     eprintln!("wrote     {} ({})", report.path.display(), HumanBytes(report.bytes));
@@ -125,7 +136,9 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -
         base: &base,
         adapter: &no_adapter(),
         tokenizer: &inputs.tokenizer,
-        spec: Some(&inputs.spec),
+        licence: inputs.resolved.licence.as_deref(),
+        run: Some((&inputs.spec, folder)),
+        max_shard_bytes: None,
     };
     job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
@@ -143,7 +156,9 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<P
         base: trained.as_ref().unwrap_or(&inputs.base),
         adapter: &adapter,
         tokenizer: &inputs.tokenizer,
-        spec: Some(spec),
+        licence: inputs.resolved.licence.as_deref(),
+        run: Some((spec, folder)),
+        max_shard_bytes: None,
     };
     let report = job.write(target, &default_path(folder, target, &spec.run.name), true)?;
     Ok(report.path)
@@ -156,7 +171,9 @@ struct Job<'a> {
     base: &'a BaseModel,
     adapter: &'a Adapter,
     tokenizer: &'a Tokenizer,
-    spec: Option<&'a RunSpec>,
+    licence: Option<&'a str>,
+    run: Option<(&'a RunSpec, &'a RunFolder)>,
+    max_shard_bytes: Option<u64>,
 }
 
 impl Job<'_> {
@@ -168,7 +185,8 @@ impl Job<'_> {
                 self.reference
             );
         }
-        let over_nf4 = self.spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
+        let spec = self.run.map(|(spec, _)| spec);
+        let over_nf4 = spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
         if over_nf4 && matches!(target, ExportTarget::Gguf(_) | ExportTarget::Safetensors) {
             eprintln!("note      trained over NF4, merged into the weights that NF4 was made from");
         }
@@ -186,12 +204,15 @@ impl Job<'_> {
             (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
             _ => None,
         };
+        let companions = if target.is_folder() { self.companions(target)? } else { Vec::new() };
         let options = ExportOptions {
             name: Some(self.name),
             chat_template: None,
             ollama_base: self.reference.strip_prefix("ollama:"),
             tokenizer_json: tokenizer_json.as_deref(),
-            verification: self.spec.map_or(Verification::Strict, |spec| match spec.export.verify {
+            max_shard_bytes: self.max_shard_bytes,
+            companions: &companions,
+            verification: spec.map_or(Verification::Strict, |spec| match spec.export.verify {
                 Verify::Strict => Verification::Strict,
                 Verify::Warn => Verification::Warn,
                 Verify::Off => Verification::Off,
@@ -211,6 +232,29 @@ impl Job<'_> {
             tell_retention(target, retention);
         }
         Ok(report)
+    }
+
+    /// The model card, and the picture that it shows.
+    fn companions(&self, target: ExportTarget) -> Result<Vec<(&'static str, String)>> {
+        let digest = match &self.adapter.config.base_digest {
+            Some(digest) => digest.clone(),
+            None => self.base.digest()?,
+        };
+        let card = Card {
+            name: self.name,
+            target,
+            reference: self.reference,
+            licence: self.licence,
+            base: self.base,
+            digest: &digest,
+            run: self.run,
+        };
+        let mut companions = vec![("README.md", card.render())];
+        if let Some((_, folder)) = self.run {
+            let curve = loss_plot::svg(&folder.read_metrics()?);
+            companions.extend(curve.map(|svg| (model_card::LOSS_CURVE, svg)));
+        }
+        Ok(companions)
     }
 }
 
