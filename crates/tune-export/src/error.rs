@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use miette::Diagnostic;
 use thiserror::Error;
@@ -10,6 +10,8 @@ use tune_formats::FormatError;
 
 /// Problems listed in one message before the rest is only counted.
 const LISTED: usize = 10;
+
+const UNCHANGED: &str = "nothing was left behind, and what was there before is unchanged";
 
 /// An error while exporting.
 #[derive(Debug, Error, Diagnostic)]
@@ -67,11 +69,30 @@ pub enum ExportError {
 
     /// The operating system refused to write.
     #[error("cannot write {}: {source}", path.display())]
+    #[diagnostic(help("{UNCHANGED}: check permissions and the disk, or choose another path with --out"))]
     Write {
         /// The file or directory.
         path: PathBuf,
         /// The reason.
         source: io::Error,
+    },
+
+    /// The file system became full while the export was written.
+    #[error("the disk filled up while {} was being written", path.display())]
+    #[diagnostic(help("{UNCHANGED}: free some space, or choose another place with --out"))]
+    Full {
+        /// The target.
+        path: PathBuf,
+    },
+
+    /// The file system or a limit of the process allows no file of this size.
+    #[error("{} would be larger than any file may be here", path.display())]
+    #[diagnostic(help(
+        "{UNCHANGED}: raise the limit (`ulimit -f`), or choose a place on another file system with --out"
+    ))]
+    TooLarge {
+        /// The target.
+        path: PathBuf,
     },
 
     /// The target format cannot express this adapter.
@@ -122,6 +143,28 @@ impl ExportError {
     /// What was read back is not what was meant.
     pub fn is_verification(&self) -> bool {
         matches!(self, Self::Verification { .. })
+    }
+
+    /// The reason why `path` could not be written.
+    pub(crate) fn write(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full { path },
+            io::ErrorKind::FileTooLarge => Self::TooLarge { path },
+            _ => Self::Write { path, source },
+        }
+    }
+
+    /// Names the export where the error names the file in the making, which is gone by now.
+    pub(crate) fn of_target(self, target: &Path) -> Self {
+        let path = target.to_owned();
+        match self {
+            Self::Format(FormatError::Write { source, .. }) | Self::Write { source, .. } => {
+                Self::write(target, source)
+            }
+            Self::Format(FormatError::NoSpace { .. }) | Self::Full { .. } => Self::Full { path },
+            error => error,
+        }
     }
 }
 

@@ -70,6 +70,10 @@ pub struct ExportOptions<'a> {
     pub ollama_base: Option<OllamaBase<'a>>,
     /// `tokenizer.json` of a GGUF base, rebuilt from its metadata, for the safetensors target.
     pub tokenizer_json: Option<&'a str>,
+    /// Most bytes of tensors in one safetensors file; 5 GB, as transformers has it, where there is no other number.
+    pub max_shard_bytes: Option<u64>,
+    /// Files that go along in a folder, by name: model card, loss curve.
+    pub companions: &'a [(&'a str, String)],
     /// What happens when the written file does not read back as meant.
     pub verification: Verification,
     /// A folder at the target is an earlier export and may be replaced. Files always are.
@@ -162,11 +166,12 @@ pub fn export(
     refuse_to_overwrite_base(request)?;
     let mut notes = Vec::new();
     let written = match request.target {
-        ExportTarget::GgufLora => gguf_adapter::write(request, &mut notes, progress)?,
-        ExportTarget::Gguf(file_type) => gguf_model::write(request, file_type, &mut notes, progress)?,
-        ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
-        ExportTarget::Peft => write_peft(request, &mut notes, progress)?,
-    };
+        ExportTarget::GgufLora => gguf_adapter::write(request, &mut notes, progress),
+        ExportTarget::Gguf(file_type) => gguf_model::write(request, file_type, &mut notes, progress),
+        ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress),
+        ExportTarget::Peft => write_peft(request, &mut notes, progress),
+    }
+    .map_err(|error| error.of_target(request.out))?;
     let ollama = match request.target {
         ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::of(request, &mut notes)?),
         ExportTarget::Safetensors | ExportTarget::Peft => None,
@@ -213,6 +218,7 @@ fn write_peft(
     let staged = Staged::folder(out, bytes, request.options.replace_folder)?;
     progress(ExportEvent::Started { tensors, bytes });
     peft::write(staged.path(), adapter)?;
+    write_companions(request, staged.path())?;
     progress(ExportEvent::Wrote { done: tensors, tensors });
     Differences::find(request, notes, |differences| {
         let found = peft::read(staged.path())?;
@@ -230,6 +236,11 @@ fn write_peft(
     })?;
     staged.publish()?;
     Ok(Written { tensors, retention: None })
+}
+
+fn write_companions(request: &ExportRequest<'_>, folder: &Path) -> Result<(), ExportError> {
+    let mut files = request.options.companions.iter();
+    files.try_for_each(|(name, text)| staging::write_bytes(&folder.join(name), text.as_bytes()))
 }
 
 fn refuse_to_overwrite_base(request: &ExportRequest<'_>) -> Result<(), ExportError> {

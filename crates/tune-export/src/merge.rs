@@ -113,6 +113,7 @@ impl<'a> MergedTensor<'a> {
                     effect += of_chunk;
                     write(&bytes)?;
                 }
+                matrix.base.release();
                 Ok(effect)
             }
         }

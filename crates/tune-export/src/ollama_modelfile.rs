@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tune_formats::modelfile::{self, Modelfile, Parameter};
 
 use crate::go_template::{self, GoTemplate};
-use crate::staging::{directory_of, write_bytes, write_error};
+use crate::staging::{directory_of, write_bytes};
 use crate::{ExportError, ExportRequest, ExportTarget, OllamaBase, bos_text, special_text};
 
 /// First line of every Modelfile written here, by which a later export knows that it may replace it.
@@ -135,7 +135,7 @@ fn free_path(out: &Path, file_name: &str) -> Result<PathBuf, ExportError> {
                 && text.lines().any(|line| line.ends_with(&format!(" ./{file_name}")))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
-        Err(error) => return Err(write_error(&plain, error)),
+        Err(error) => return Err(ExportError::write(&plain, error)),
     };
     Ok(if own { plain } else { directory_of(out).join(format!("{file_name}.Modelfile")) })
 }

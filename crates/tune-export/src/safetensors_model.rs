@@ -12,13 +12,13 @@ use crate::merge::{self, MergedTensor, Values};
 use crate::retention::Effect;
 use crate::staging::{Staged, write_bytes};
 use crate::verify::Differences;
-use crate::{ExportError, ExportEvent, ExportRequest, Written, special_text};
+use crate::{ExportError, ExportEvent, ExportRequest, Written, special_text, write_companions};
 
 /// Largest file of a sharded model, as transformers writes it.
-const MAX_SHARD: usize = 5_000_000_000;
+const MAX_SHARD: u64 = 5_000_000_000;
 
 /// Files of a Hugging Face base that go along unchanged.
-const COMPANIONS: [&str; 10] = [
+const OF_THE_BASE: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -44,7 +44,9 @@ pub(crate) fn write(
     let staged = Staged::folder(request.out, size, request.options.replace_folder)?;
     progress(ExportEvent::Started { tensors: specs.len(), bytes: size });
 
-    let mut writer = ShardedWriter::create(staged.path(), &specs, MAX_SHARD)?;
+    let max_shard = request.options.max_shard_bytes.unwrap_or(MAX_SHARD);
+    let mut writer =
+        ShardedWriter::create(staged.path(), &specs, usize::try_from(max_shard).unwrap_or(usize::MAX))?;
     let mut effect = Effect::default();
     for (done, (tensor, spec)) in (1..).zip(tensors.iter().zip(&specs)) {
         effect += tensor
@@ -53,7 +55,8 @@ pub(crate) fn write(
     }
     writer.finish()?;
     write_bytes(&staged.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
-    write_companions(request, staged.path(), notes)?;
+    write_tokenizer(request, staged.path(), notes)?;
+    write_companions(request, staged.path())?;
     Differences::find(request, notes, |differences| {
         verify(staged.path(), &tensors, &specs, differences, progress)
     })?;
@@ -189,7 +192,7 @@ fn known_scaling(config: &ModelConfig, factors: &[f32]) -> Option<Value> {
 }
 
 /// Tokenizer, generation settings and chat template.
-fn write_companions(
+fn write_tokenizer(
     request: &ExportRequest<'_>,
     folder: &Path,
     notes: &mut Vec<String>,
@@ -197,7 +200,7 @@ fn write_companions(
     let base = request.base;
     match &base.source {
         Source::HfDirectory(directory) => {
-            for name in COMPANIONS {
+            for name in OF_THE_BASE {
                 let (from, to) = (directory.path().join(name), folder.join(name));
                 if from.is_file() {
                     let bytes = fs::read(&from).map_err(|source| FormatError::Read { path: from, source })?;
@@ -288,6 +291,7 @@ fn verify(
             at += bytes.len();
             Ok(())
         })?;
+        found.release();
         if at != found.len() {
             differences.push(format!("{}: {} bytes, expected {at}", spec.name, found.len()));
         }

@@ -1,19 +1,36 @@
-//! Exports that appear only after they were read back: written beside the target, verified, then renamed.
+//! Exports that appear only after they were read back: written in a folder beside the target, verified, then moved out.
+//!
+//! ```text
+//! .NAME.XXXXXX.partial/
+//!   lock      locked while the export runs
+//!   NAME      the file or folder in the making
+//! ```
+//!
+//! The system drops the lock of a process that ends in whatever way, and the next export to the same target removes what
+//! that process has left.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use tempfile::TempDir;
 use tune_formats::FormatError;
 
 use crate::ExportError;
 
-/// A place beside the target, removed when dropped before [`Staged::publish`].
+const LOCK: &str = "lock";
+const SUFFIX: &str = ".partial";
+/// What a replaced folder is called on its way out.
+const REPLACED: &str = "replaced";
+
+/// A place beside the target, removed with all that is in it when dropped.
 pub(crate) struct Staged {
+    folder: TempDir,
     place: PathBuf,
     target: PathBuf,
-    published: bool,
+    /// Shows other exports that this one is alive.
+    _lock: File,
 }
 
 impl Staged {
@@ -38,18 +55,26 @@ impl Staged {
             return Err(ExportError::InTheWay { path: target.to_owned(), reason: reason.to_owned() });
         }
         let staged = Self::new(target, needed)?;
-        fs::create_dir(&staged.place).map_err(|error| write_error(&staged.place, error))?;
+        fs::create_dir(&staged.place).map_err(|error| ExportError::write(target, error))?;
         Ok(staged)
     }
 
     fn new(target: &Path, needed: u64) -> Result<Self, ExportError> {
         let directory = directory_of(target);
-        fs::create_dir_all(directory).map_err(|error| write_error(directory, error))?;
+        fs::create_dir_all(directory).map_err(|error| ExportError::write(directory, error))?;
+        let name = target.file_name().unwrap_or_default();
+        clear_leftovers(directory, name);
         check_space(directory, needed)?;
-        let mut name = OsString::from(".");
-        name.push(target.file_name().unwrap_or_default());
-        name.push(format!(".{}.unverified", std::process::id()));
-        Ok(Self { place: directory.join(name), target: target.to_owned(), published: false })
+        let write = |error| ExportError::write(target, error);
+        let folder = tempfile::Builder::new()
+            .prefix(&prefix(name))
+            .suffix(SUFFIX)
+            .tempdir_in(directory)
+            .map_err(write)?;
+        let lock = File::create(folder.path().join(LOCK)).map_err(write)?;
+        // Where files cannot be locked, nothing that is left can be told from what is being written.
+        let _ = lock.try_lock();
+        Ok(Self { place: folder.path().join(name), folder, target: target.to_owned(), _lock: lock })
     }
 
     /// Where to write.
@@ -58,41 +83,65 @@ impl Staged {
     }
 
     /// Puts the export in place of whatever file was there.
-    pub(crate) fn publish(mut self) -> Result<(), ExportError> {
-        let write = |error| write_error(&self.target, error);
+    pub(crate) fn publish(self) -> Result<(), ExportError> {
+        let write = |error| ExportError::write(&self.target, error);
         if self.place.is_dir() && self.target.is_dir() {
-            let replaced = self.place.with_extension("replaced");
-            fs::rename(&self.target, &replaced).map_err(write)?;
-            if let Err(error) = fs::rename(&self.place, &self.target) {
-                let _ = fs::rename(&replaced, &self.target); // the first error is the one to report
-                return Err(write(error));
-            }
-            fs::remove_dir_all(&replaced).map_err(|error| write_error(&replaced, error))?;
+            replace_folder(&self.place, &self.target, &self.folder.path().join(REPLACED)).map_err(write)?;
         } else {
             fs::rename(&self.place, &self.target).map_err(write)?;
         }
-        self.published = true;
-        sync(directory_of(&self.target)).map_err(|error| write_error(&self.target, error))
+        sync(directory_of(&self.target)).map_err(write)?;
+        // What it still holds is the export that was replaced.
+        self.folder.close().map_err(write)
     }
 }
 
-impl Drop for Staged {
-    fn drop(&mut self) {
-        if !self.published {
-            // Nothing more can be done about a file that cannot be removed; its name tells what it is.
-            let _ = if self.place.is_dir() {
-                fs::remove_dir_all(&self.place)
-            } else {
-                fs::remove_file(&self.place)
-            };
+/// Removes what exports to `name` have left that ended before they were done.
+fn clear_leftovers(directory: &Path, name: &OsStr) {
+    let prefix = prefix(name);
+    let of_this_target = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        name.starts_with(prefix.as_encoded_bytes()) && name.ends_with(SUFFIX.as_bytes())
+    };
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for leftover in entries.flatten().map(|entry| entry.path()).filter(of_this_target) {
+        let Ok(lock) = File::open(leftover.join(LOCK)) else { continue };
+        if lock.try_lock().is_ok() {
+            // It ended between taking the old folder away and putting the new one there.
+            let _ = fs::rename(leftover.join(REPLACED), directory.join(name));
+            // What cannot be removed is in nobody's way; its name tells what it is.
+            let _ = fs::remove_dir_all(&leftover);
         }
     }
+}
+
+fn prefix(name: &OsStr) -> OsString {
+    let mut prefix = OsString::from(".");
+    prefix.push(name);
+    prefix.push(".");
+    prefix
+}
+
+/// Moves the folder `place` to `target`, and what is there to `replaced`.
+fn replace_folder(place: &Path, target: &Path, replaced: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        // In one step, where the file system can.
+        if renameat_with(CWD, place, CWD, target, RenameFlags::EXCHANGE).is_ok() {
+            return Ok(());
+        }
+    }
+    fs::rename(target, replaced)?;
+    fs::rename(place, target).inspect_err(|_| {
+        let _ = fs::rename(replaced, target); // the first error is the one to report
+    })
 }
 
 /// Writes a small file beside an export: temporary file, sync, rename.
 pub(crate) fn write_bytes(target: &Path, bytes: &[u8]) -> Result<(), ExportError> {
     use std::io::Write;
-    let write = |error| write_error(target, error);
+    let write = |error| ExportError::write(target, error);
     let mut file = tempfile::NamedTempFile::new_in(directory_of(target)).map_err(write)?;
     file.write_all(bytes).map_err(write)?;
     #[cfg(unix)]
@@ -124,12 +173,8 @@ pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-pub(crate) fn write_error(path: &Path, source: io::Error) -> ExportError {
-    ExportError::Write { path: path.to_owned(), source }
-}
-
 fn check_space(directory: &Path, needed: u64) -> Result<(), ExportError> {
-    let available = fs4::available_space(directory).map_err(|error| write_error(directory, error))?;
+    let available = fs4::available_space(directory).map_err(|error| ExportError::write(directory, error))?;
     if available < needed {
         return Err(ExportError::Space { path: directory.to_owned(), needed, available });
     }

@@ -1,19 +1,22 @@
 //! Every target, from the tiny models of `tests/parity`, read back and compared with a plain computation of W + s·B·A.
 
+mod tiny;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tune_export::{
     ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, FileType, OllamaBase,
     export,
 };
 use tune_formats::gguf::{GgufFile, Value};
-use tune_formats::peft::{self, Adapter, AdapterConfig, LoraWeights};
+use tune_formats::peft::{self, Adapter};
 use tune_formats::provenance::Provenance;
-use tune_formats::{BaseModel, FormatError, ModelConfig, TensorProblem};
+use tune_formats::{BaseModel, FormatError, TensorProblem};
+
+use tiny::{RANK, adapter, base, lora, models, tempdir};
 
 const MODELS: [&str; 3] = ["llama-tied", "llama-llama3-rope", "llama-untied-bf16-sharded"];
-const RANK: usize = 4;
 
 #[test]
 fn merged_gguf_holds_base_plus_update() {
@@ -372,35 +375,6 @@ fn run(
     export(&ExportRequest { base, adapter, target, out, options }, &mut |_| ())
 }
 
-fn models() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models")
-}
-
-fn base(model: &str) -> BaseModel {
-    tune_formats::open(&models().join(model)).unwrap_or_else(|error| panic!("{model}: {error}"))
-}
-
-/// An adapter of all linear layers whose updates are a few percent of the weights.
-fn adapter(config: &ModelConfig) -> Adapter {
-    let mut layers = BTreeMap::new();
-    for layer in 0..config.num_hidden_layers {
-        for (i, (name, d_out, d_in)) in config.block_linears().into_iter().enumerate() {
-            layers.insert(ModelConfig::linear_path(layer, name), lora(7 * layer + i, d_out, d_in));
-        }
-    }
-    let config = AdapterConfig { r: RANK, lora_alpha: 8.0, ..AdapterConfig::default() };
-    let target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-    Adapter {
-        config: AdapterConfig { target_modules: target_modules.map(str::to_owned).into(), ..config },
-        layers,
-    }
-}
-
-fn lora(seed: usize, d_out: usize, d_in: usize) -> LoraWeights {
-    let wave = |n: usize, step: f32| (0..n).map(|i| 0.02 * ((i + 13 * seed) as f32 * step).sin()).collect();
-    LoraWeights { r: RANK, d_in, d_out, a: wave(RANK * d_in, 0.7), b: wave(d_out * RANK, 1.3) }
-}
-
 /// What the merged tensor should hold.
 fn wanted(base: &BaseModel, adapter: &Adapter, name: &str) -> Vec<f32> {
     let values = values(base, name);
@@ -447,8 +421,4 @@ fn assert_close(context: &str, got: &[f32], want: &[f32], tolerance: f32) {
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         assert!((got - want).abs() <= tolerance, "{context} value {i}: {got}, want {want}");
     }
-}
-
-fn tempdir() -> tempfile::TempDir {
-    tempfile::tempdir().expect("temporary directory")
 }

@@ -6,7 +6,7 @@ use burn::backend::Flex;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
-use tune_quant::{BlockType, ByteView, RowOrder, StoredMatrix};
+use tune_quant::{BlockType, ByteView, RowOrder, SharedBytes, StoredMatrix};
 
 use crate::{FrozenVector, FrozenWeight, cpu};
 
@@ -201,6 +201,8 @@ fn view(tensor: &Tensor<2>) -> StoredMatrix {
 }
 
 struct TensorBytes(FlexTensor);
+
+impl SharedBytes for TensorBytes {}
 
 impl AsRef<[u8]> for TensorBytes {
     fn as_ref(&self) -> &[u8] {

@@ -9,18 +9,31 @@ use half::bf16;
 use crate::nf4::Nf4Quantizer;
 use crate::{BlockType, Decoded, InstructionSet, Nf4};
 
-/// A range of bytes owned by something shared: a memory map, or a vector.
+/// Bytes shared by all that read them: a memory map, or a vector.
+pub trait SharedBytes: AsRef<[u8]> + Send + Sync {
+    /// Gives back the memory of bytes that a file holds as well. Reading them again brings them back.
+    fn release(&self, _range: Range<usize>) {}
+}
+
+impl SharedBytes for Vec<u8> {}
+
+/// A range of shared bytes.
 #[derive(Clone)]
 pub struct ByteView {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn SharedBytes>,
     range: Range<usize>,
 }
 
 impl ByteView {
     /// The bytes `range` of `owner`, or `None` when `owner` is shorter.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
+    pub fn new(owner: Arc<dyn SharedBytes>, range: Range<usize>) -> Option<Self> {
         let len = (*owner).as_ref().len();
         (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
+    }
+
+    /// See [`SharedBytes::release`].
+    pub fn release(&self) {
+        self.owner.release(self.range.clone());
     }
 }
 
@@ -166,6 +179,13 @@ impl StoredMatrix {
         match &self.storage {
             Storage::Blocks { bytes, .. } => bytes.len(),
             Storage::Nf4(nf4) => nf4.stored_bytes(),
+        }
+    }
+
+    /// Gives back the memory of values that a file holds as well; for whoever reads a model once, matrix by matrix.
+    pub fn release(&self) {
+        if let Storage::Blocks { bytes, .. } = &self.storage {
+            bytes.release();
         }
     }
 

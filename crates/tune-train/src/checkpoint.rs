@@ -77,36 +77,59 @@ pub fn save(
     keep: usize,
 ) -> Result<PathBuf, TrainError> {
     let parent = folder.checkpoints();
-    fs::create_dir_all(&parent).map_err(io("create", &parent))?;
     let path = parent.join(format!("step-{:06}", state.step));
     let temporary = path.with_extension("partial");
-    if temporary.exists() {
-        fs::remove_dir_all(&temporary).map_err(io("remove", &temporary))?;
+    let written = fs::create_dir_all(&parent).map_err(io("create", &parent)).and_then(|()| {
+        remove_partial(&parent)?;
+        write(&temporary, state, trained, moments)?;
+        set_aside(&path)?;
+        fs::rename(&temporary, &path).map_err(io("rename", &path))?;
+        sync_folder(&parent)
+    });
+    if let Err(error) = written {
+        // Half a checkpoint is of no use, and where the disk is full its space is. The first error is the one to report.
+        let _ = remove_partial(&parent);
+        return Err(TrainError::NotSaved { step: state.step, error: Box::new(error), kept: newest(folder) });
     }
-    fs::create_dir_all(&temporary).map_err(io("create", &temporary))?;
-    match trained {
-        Trained::Adapter(adapter) => peft::write(&temporary, adapter)?,
-        Trained::Weights(weights) => {
-            let weights: Vec<Part> =
-                weights.iter().map(|(name, tensor)| Part::of_tensor(name.clone(), tensor)).collect();
-            write_parts(&temporary.join(WEIGHTS), &weights)?;
-        }
-    }
-    let moments: Vec<Part> =
-        moments.iter().flat_map(|(name, moments)| Part::of_moments(name, moments)).collect();
-    write_parts(&temporary.join(OPTIMIZER), &moments)?;
-    let json = serde_json::to_vec_pretty(state).unwrap_or_default();
-    write_atomically(&temporary.join(STATE), &json)?;
-    sync_folder(&temporary)?;
-    set_aside(&path)?;
-    fs::rename(&temporary, &path).map_err(io("rename", &path))?;
-    sync_folder(&parent)?;
 
     let saved = list(folder);
     for old in &saved[..saved.len().saturating_sub(keep.max(1))] {
         fs::remove_dir_all(old).map_err(io("remove", old))?;
     }
     Ok(path)
+}
+
+fn write(
+    folder: &Path,
+    state: &State,
+    trained: &Trained,
+    moments: &[(String, &Moments)],
+) -> Result<(), TrainError> {
+    fs::create_dir_all(folder).map_err(io("create", folder))?;
+    match trained {
+        Trained::Adapter(adapter) => peft::write(folder, adapter)?,
+        Trained::Weights(weights) => {
+            let weights: Vec<Part> =
+                weights.iter().map(|(name, tensor)| Part::of_tensor(name.clone(), tensor)).collect();
+            write_parts(&folder.join(WEIGHTS), &weights)?;
+        }
+    }
+    let moments: Vec<Part> =
+        moments.iter().flat_map(|(name, moments)| Part::of_moments(name, moments)).collect();
+    write_parts(&folder.join(OPTIMIZER), &moments)?;
+    let json = serde_json::to_vec_pretty(state).unwrap_or_default();
+    write_atomically(&folder.join(STATE), &json)?;
+    sync_folder(folder)
+}
+
+/// Removes what was left half written, by this process or by one that was killed.
+fn remove_partial(parent: &Path) -> Result<(), TrainError> {
+    let entries = fs::read_dir(parent).map_err(io("read", parent))?;
+    let half_written = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "partial");
+    entries
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(half_written)
+        .try_for_each(|path| fs::remove_dir_all(&path).map_err(io("remove", &path)))
 }
 
 /// Sets the checkpoints after `step` aside as `step-NNNNNN.old`: a run that goes on from an earlier one leaves their

@@ -31,6 +31,19 @@ pub enum TrainError {
         /// The file being written.
         path: PathBuf,
     },
+    /// A checkpoint cannot be written.
+    #[error("the checkpoint of step {step} could not be saved: {error}{}", kept_text(kept.as_deref()))]
+    #[diagnostic(help(
+        "free some space or check permissions, then run the same command again: it goes on from the last checkpoint"
+    ))]
+    NotSaved {
+        /// Its step.
+        step: usize,
+        /// Why.
+        error: Box<TrainError>,
+        /// The newest checkpoint that there is.
+        kept: Option<PathBuf>,
+    },
     /// A checkpoint cannot be read.
     #[error("checkpoint {} is unusable: {reason}", path.display())]
     #[diagnostic(help(
@@ -92,6 +105,13 @@ pub enum TrainError {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Format(#[from] tune_formats::FormatError),
+}
+
+fn kept_text(kept: Option<&Path>) -> String {
+    match kept {
+        Some(path) => format!("\n  {} is kept", path.display()),
+        None => "\n  there is no earlier one".to_owned(),
+    }
 }
 
 /// Turns an I/O error on `path` into a [`TrainError`] that says what was tried.

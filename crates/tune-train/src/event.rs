@@ -66,4 +66,7 @@ pub struct StepMetrics {
     /// Mean loss over the trained tokens of the validation rows, where it was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val_loss: Option<f64>,
+    /// The same before the first step, in the line of that step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_loss_before: Option<f64>,
 }

@@ -194,6 +194,7 @@ mod tests {
             peak_memory_bytes: Some(1),
             elapsed_s: 1.0,
             val_loss: None,
+            val_loss_before: None,
         }
     }
 

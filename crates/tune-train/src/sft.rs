@@ -120,6 +120,9 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         base_parameters: base.parameters(),
     });
 
+    // What training is measured against: without steps, an adapter changes nothing.
+    let mut val_loss_before = if state.step == 0 { validate(&model, &held_out) } else { None };
+
     // Loop.
     let mut finish = Finish::Completed;
     while state.step < steps.len() && !is_exhausted(&state, spec) {
@@ -160,6 +163,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
             peak_memory_bytes: peak_memory_bytes(),
             elapsed_s: state.elapsed_s,
             val_loss,
+            val_loss_before: val_loss_before.take(),
         };
         log.push(&metrics)?;
         on_event(Event::Step(metrics));

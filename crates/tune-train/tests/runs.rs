@@ -1,7 +1,9 @@
 //! Whole runs over the tiny fixture model: what they write, that they learn, and that they resume bit for bit.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tune_data::{BatchOptions, Batcher, Sample};
@@ -76,6 +78,17 @@ fn train(
     resume_from: Option<PathBuf>,
     stop_after: Option<usize>,
 ) -> Result<Run, TrainError> {
+    train_and(spec, folder, resume_from, stop_after, &mut |_| ())
+}
+
+/// As [`train`], and does something after each step.
+fn train_and(
+    spec: &RunSpec,
+    folder: &RunFolder,
+    resume_from: Option<PathBuf>,
+    stop_after: Option<usize>,
+    after_step: &mut dyn FnMut(usize),
+) -> Result<Run, TrainError> {
     let stop = AtomicBool::new(stop_after == Some(0));
     let setup = Setup {
         spec,
@@ -92,6 +105,7 @@ fn train(
     let outcome = sft(&setup, &mut |event| {
         if let Event::Step(metrics) = event {
             stop.store(stop_after == Some(metrics.step), Ordering::Relaxed);
+            after_step(metrics.step);
             steps.push(metrics);
         }
     })?;
@@ -122,6 +136,9 @@ fn a_run_learns_and_writes_its_folder() {
     assert_eq!(run.finish, Finish::Completed);
     let (first, last) = (run.steps[0].loss, run.steps[39].loss);
     assert!(last < 0.7 * first, "loss went from {first} to {last}");
+    let before = run.steps[0].val_loss_before.expect("validated before the first step");
+    assert!(before > 1.2 * run.steps[39].val_loss.expect("and after the last"), "{before}");
+    assert!(run.steps[1..].iter().all(|m| m.val_loss_before.is_none()));
     let validated = |m: &&StepMetrics| m.val_loss.is_some();
     assert_eq!(run.steps.iter().filter(validated).count(), 14); // every third and the last
 
@@ -286,6 +303,54 @@ fn a_finished_run_is_not_trained_again() {
     let again = train(&spec(&[]), &folder, checkpoint::newest(&folder), None).expect("nothing to do");
     assert_eq!((again.finish, again.steps.len()), (Finish::Completed, 0));
     assert!(adapter_bytes(&folder) == before);
+}
+
+/// Names the folder in which the second process of the next test trains; without it that has nothing to do.
+const FULL_DISK: &str = "TUNE_TEST_FULL_DISK";
+
+#[test]
+fn second_process_on_a_full_disk() {
+    let Some(disk) = std::env::var_os(FULL_DISK).map(PathBuf::from) else { return };
+    let folder = folder(&disk, "run");
+    let filler = disk.join("filler");
+    let fill = &mut |step| {
+        let mut file = fs::File::create(&filler).expect("created");
+        while step == 7 && file.write_all(&[0; 4096]).is_ok() {}
+    };
+    let error = train_and(&spec(&[]), &folder, None, None, fill).err().expect("no room for a checkpoint");
+    let TrainError::NotSaved { step: 8, kept: Some(kept), .. } = &error else { panic!("{error}") };
+    assert!(kept.ends_with("step-000004"), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("no space left") && text.ends_with("step-000004 is kept"), "{text}");
+    assert_eq!(fs::read_dir(folder.checkpoints()).expect("listed").count(), 1, "half a checkpoint is left");
+
+    fs::remove_file(&filler).expect("space is freed");
+    let rest = train(&spec(&[]), &folder, checkpoint::newest(&folder), None).expect("goes on");
+    assert_eq!(rest.steps.first().map(|m| m.step), Some(5));
+    assert!(folder.is_finished());
+    println!("\nwent on");
+}
+
+/// On a file system of its own, where the system grants a test the namespaces for it.
+#[test]
+fn a_disk_that_fills_up_keeps_the_last_checkpoint() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let on_disk = |arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c"]);
+        command.arg("mount -t tmpfs -o size=4m none \"$0\" && exec \"$@\"").arg(dir.path()).args(arguments);
+        command.env(FULL_DISK, dir.path()).output()
+    };
+    if !on_disk(&["true"]).is_ok_and(|output| output.status.success()) {
+        eprintln!("not tested: this system lets no test mount a file system");
+        return;
+    }
+    let test = std::env::current_exe().expect("this test");
+    let test = test.to_str().expect("a path in UTF-8");
+    let output =
+        on_disk(&[test, "--exact", "second_process_on_a_full_disk", "--nocapture"]).expect("started");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("\nwent on\n"), "{said}{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

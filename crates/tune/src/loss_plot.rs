@@ -12,8 +12,13 @@ const SMOOTHING: f64 = 0.04;
 /// The picture as SVG text; `None` when there is nothing to draw.
 pub fn svg(metrics: &[StepMetrics]) -> Option<String> {
     let last = metrics.last()?.step;
-    let losses =
-        || metrics.iter().flat_map(|m| [Some(m.loss), m.val_loss]).flatten().filter(|l| l.is_finite());
+    let losses = || {
+        metrics
+            .iter()
+            .flat_map(|m| [Some(m.loss), m.val_loss, m.val_loss_before])
+            .flatten()
+            .filter(|l| l.is_finite())
+    };
     let (low, high) = losses().fold((f64::MAX, f64::MIN), |(low, high), l| (low.min(l), high.max(l)));
     if low > high {
         return None;
@@ -50,7 +55,9 @@ fn draw(
         .draw_series(LineSeries::new(smoothed(points()), BLUE.stroke_width(2)))?
         .label("training")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], BLUE.stroke_width(2)));
-    let validation: Vec<_> = metrics.iter().filter_map(|m| Some((m.step, m.val_loss?))).collect();
+    let before = metrics.first().and_then(|m| Some((m.step - 1, m.val_loss_before?)));
+    let after = metrics.iter().filter_map(|m| Some((m.step, m.val_loss?)));
+    let validation: Vec<_> = before.into_iter().chain(after).collect();
     if !validation.is_empty() {
         chart
             .draw_series(LineSeries::new(validation.iter().copied(), RED.stroke_width(2)))?
@@ -94,6 +101,7 @@ mod tests {
             peak_memory_bytes: None,
             elapsed_s: 0.0,
             val_loss,
+            val_loss_before: None,
         }
     }
 

@@ -16,6 +16,7 @@ mod machine;
 mod memory_gate;
 mod memory_picture;
 mod model;
+mod model_card;
 mod progress;
 mod samples;
 

@@ -49,11 +49,16 @@ pub(super) trait Lanes:
     /// As [`round`](Self::round), and for all other numbers what [`nearest_int`] says.
     fn nearest_int(self) -> Self;
 
+    /// To the integer next to it on the side of zero; the number is below 2^31 in magnitude.
+    fn trunc(self) -> Self;
+
     fn less(self, other: Self) -> Self::Mask;
     fn equal(self, other: Self) -> Self::Mask;
     fn differs(self, other: Self) -> Self::Mask;
     fn both(a: Self::Mask, b: Self::Mask) -> Self::Mask;
     fn any(mask: Self::Mask) -> bool;
+    /// Bit i for lane i.
+    fn bits(mask: Self::Mask) -> u32;
     /// `a` where the mask is set, else `b`.
     fn select(mask: Self::Mask, a: Self, b: Self) -> Self;
 
@@ -183,6 +188,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn trunc(self) -> Self {
+        Self(self.0.map(|v| v as i32 as f32))
+    }
+
+    #[inline(always)]
     fn less(self, other: Self) -> [bool; 8] {
         std::array::from_fn(|i| self.0[i] < other.0[i])
     }
@@ -205,6 +215,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn any(mask: [bool; 8]) -> bool {
         mask.contains(&true)
+    }
+
+    #[inline(always)]
+    fn bits(mask: [bool; 8]) -> u32 {
+        mask.iter().rev().fold(0, |bits, &lane| bits << 1 | u32::from(lane))
     }
 
     #[inline(always)]

@@ -10,6 +10,7 @@ use std::ops::{Add, Div, Mul, Sub};
 use super::lanes::{Column, Lanes, Levels, ROUNDING, SIDE_BY_SIDE};
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+const TOWARDS_ZERO: i32 = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
 
 /// Eight lanes; needs AVX2.
 #[derive(Clone, Copy)]
@@ -111,6 +112,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn trunc(self) -> Self {
+        Self(unsafe { _mm256_round_ps::<TOWARDS_ZERO>(self.0) })
+    }
+
+    #[inline(always)]
     fn less(self, other: Self) -> __m256 {
         unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, other.0) }
     }
@@ -133,6 +139,11 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn any(mask: __m256) -> bool {
         unsafe { _mm256_movemask_ps(mask) != 0 }
+    }
+
+    #[inline(always)]
+    fn bits(mask: __m256) -> u32 {
+        unsafe { _mm256_movemask_ps(mask) as u32 }
     }
 
     #[inline(always)]
@@ -258,6 +269,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn trunc(self) -> Self {
+        Self(unsafe { _mm512_roundscale_ps::<TOWARDS_ZERO>(self.0) })
+    }
+
+    #[inline(always)]
     fn less(self, other: Self) -> __mmask16 {
         unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0) }
     }
@@ -280,6 +296,11 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn any(mask: __mmask16) -> bool {
         mask != 0
+    }
+
+    #[inline(always)]
+    fn bits(mask: __mmask16) -> u32 {
+        u32::from(mask)
     }
 
     #[inline(always)]

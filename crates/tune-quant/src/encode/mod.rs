@@ -61,9 +61,9 @@ fn encode_with<L: Lanes>(block_type: BlockType, values: &[f32], out: &mut Vec<u8
         BlockType::F16 => float::encode_f16(values, out),
         BlockType::BF16 => float::encode_bf16(values, out),
         BlockType::Q4_0 => legacy_quants::encode_q4_0(values, out),
-        BlockType::Q4_1 => legacy_quants::encode_q4_1(values, out),
+        BlockType::Q4_1 => legacy_quants::encode_q4_1::<L>(values, out),
         BlockType::Q5_0 => legacy_quants::encode_q5_0(values, out),
-        BlockType::Q5_1 => legacy_quants::encode_q5_1(values, out),
+        BlockType::Q5_1 => legacy_quants::encode_q5_1::<L>(values, out),
         BlockType::Q8_0 => legacy_quants::encode_q8_0(values, out),
         BlockType::Q2K => k_quants::encode_q2_k::<L>(values, out),
         BlockType::Q3K => k_quants::encode_q3_k::<L>(values, out),
@@ -171,6 +171,11 @@ mod tests {
         // and what any bits say, as long as it is a number
         values.extend((0..2560).map(|_| f32::from_bits(random().to_bits().wrapping_mul(0x9E37_79B1))));
         values.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = 0.0);
+        // zeros of both signs, alone, above nothing, and below something
+        values.extend((0..2560).map(|i| {
+            let zero: f32 = if random() < 0.0 { -0.0 } else { 0.0 };
+            [zero, zero.copysign(random()), f32::max(random(), zero), -f32::max(random(), zero)][i / 32 % 4]
+        }));
         for block_type in BlockType::ALL.into_iter().filter(|t| t.can_encode()) {
             let (mut want, mut got) = (vec![], vec![]);
             encode_with::<Portable>(block_type, &values, &mut want);

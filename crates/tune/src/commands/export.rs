@@ -21,10 +21,11 @@ use tune_models::Llama;
 use tune_recipe::{Method, Quantization, RunSpec, Verify};
 use tune_train::RunFolder;
 
-use crate::download;
 use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
 use crate::model::trained_base;
+use crate::model_card::{self, Card};
+use crate::{download, loss_plot};
 use ollama::{Creation, OllamaTarget};
 
 /// Below this much of the update, answers are closer to the base's than to the trained ones.
@@ -59,6 +60,13 @@ pub struct Args {
     /// Take another base than the adapter was trained on
     #[arg(long)]
     any_base: bool,
+    /// Largest file of a safetensors folder, such as 2GB [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_shard_size: Option<u64>,
+}
+
+fn size(text: &str) -> std::result::Result<u64, String> {
+    tune_recipe::parse_bytes(text).ok_or_else(|| "expected a size such as 500MB or 2GB".to_owned())
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -90,7 +98,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         base: &base,
         adapter: &adapter,
         tokenizer: &tokenizer,
-        spec: spec.as_ref(),
+        licence: resolved.licence.as_deref(),
+        run: spec.as_ref().map(|spec| (spec, &folder)),
+        max_shard_bytes: args.max_shard_size,
     };
     let target = match target {
         Destination::File(target) => target,
@@ -185,7 +195,9 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -
         base: &base,
         adapter: &no_adapter(),
         tokenizer: &inputs.tokenizer,
-        spec: Some(&inputs.spec),
+        licence: inputs.resolved.licence.as_deref(),
+        run: Some((&inputs.spec, folder)),
+        max_shard_bytes: None,
     };
     job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
@@ -211,7 +223,9 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<S
         base: trained.as_ref().unwrap_or(&inputs.base),
         adapter: &adapter,
         tokenizer: &inputs.tokenizer,
-        spec: Some(spec),
+        licence: inputs.resolved.licence.as_deref(),
+        run: Some((spec, folder)),
+        max_shard_bytes: None,
     };
     match target {
         Destination::File(target) => {
@@ -273,7 +287,9 @@ struct Job<'a> {
     base: &'a BaseModel,
     adapter: &'a Adapter,
     tokenizer: &'a Tokenizer,
-    spec: Option<&'a RunSpec>,
+    licence: Option<&'a str>,
+    run: Option<(&'a RunSpec, &'a RunFolder)>,
+    max_shard_bytes: Option<u64>,
 }
 
 impl Job<'_> {
@@ -285,7 +301,8 @@ impl Job<'_> {
                 self.reference
             );
         }
-        let over_nf4 = self.spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
+        let spec = self.spec();
+        let over_nf4 = spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
         if over_nf4 && matches!(target, ExportTarget::Gguf(_) | ExportTarget::Safetensors) {
             eprintln!("note      trained over NF4, merged into the weights that NF4 was made from");
         }
@@ -303,6 +320,7 @@ impl Job<'_> {
             (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
             _ => None,
         };
+        let companions = if target.is_folder() { self.companions(target)? } else { Vec::new() };
         let settings = self.ollama.cloned().unwrap_or_default();
         let stop: Vec<String> = settings.stop().into_iter().map(str::to_owned).collect();
         let options = ExportOptions {
@@ -315,7 +333,9 @@ impl Job<'_> {
                 stop: &stop,
             }),
             tokenizer_json: tokenizer_json.as_deref(),
-            verification: self.spec.map_or(Verification::Strict, |spec| match spec.export.verify {
+            max_shard_bytes: self.max_shard_bytes,
+            companions: &companions,
+            verification: spec.map_or(Verification::Strict, |spec| match spec.export.verify {
                 Verify::Strict => Verification::Strict,
                 Verify::Warn => Verification::Warn,
                 Verify::Off => Verification::Off,
@@ -335,6 +355,33 @@ impl Job<'_> {
             tell_retention(target, retention);
         }
         Ok(report)
+    }
+
+    fn spec(&self) -> Option<&RunSpec> {
+        self.run.map(|(spec, _)| spec)
+    }
+
+    /// The model card, and the picture that it shows.
+    fn companions(&self, target: ExportTarget) -> Result<Vec<(&'static str, String)>> {
+        let digest = match &self.adapter.config.base_digest {
+            Some(digest) => digest.clone(),
+            None => self.base.digest()?,
+        };
+        let card = Card {
+            name: self.name,
+            target,
+            reference: self.reference,
+            licence: self.licence,
+            base: self.base,
+            digest: &digest,
+            run: self.run,
+        };
+        let mut companions = vec![("README.md", card.render())];
+        if let Some((_, folder)) = self.run {
+            let curve = loss_plot::svg(&folder.read_metrics()?);
+            companions.extend(curve.map(|svg| (model_card::LOSS_CURVE, svg)));
+        }
+        Ok(companions)
     }
 }
 

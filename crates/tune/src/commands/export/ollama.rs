@@ -251,7 +251,7 @@ impl Creation<'_> {
         {
             problems.push(format!("the server has left out the adapter {sent}"));
         }
-        let verify = self.job.spec.map_or(Verify::Strict, |spec| spec.export.verify);
+        let verify = self.job.spec().map_or(Verify::Strict, |spec| spec.export.verify);
         match (problems.is_empty(), verify) {
             (true, _) | (_, Verify::Off) => {}
             (false, Verify::Warn) => problems.iter().for_each(|problem| eprintln!("warning   {problem}")),
@@ -317,7 +317,7 @@ impl Creation<'_> {
     }
 
     fn verify(&self) -> Verify {
-        self.job.spec.map_or(Verify::Strict, |spec| spec.export.verify)
+        self.job.spec().map_or(Verify::Strict, |spec| spec.export.verify)
     }
 
     /// The question, and the turns that templates differ in.
