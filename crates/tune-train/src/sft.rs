@@ -71,6 +71,7 @@ pub struct Outcome {
 }
 
 /// Trains adapters over a frozen base, or all weights.
+#[allow(clippy::too_many_lines, reason = "the run reads top to bottom")]
 pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
     let Setup { spec, base, folder, .. } = setup;
     let device = Device::flex();
