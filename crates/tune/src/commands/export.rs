@@ -363,7 +363,7 @@ impl Job<'_> {
 
     /// The model card, and the picture that it shows.
     fn companions(&self, target: ExportTarget) -> Result<Vec<(&'static str, String)>> {
-        let digest = match &self.adapter.config.base_digest {
+        let digest = match &self.adapter.config.provenance.base_digest {
             Some(digest) => digest.clone(),
             None => self.base.digest()?,
         };
