@@ -273,5 +273,5 @@ fn write_card(text: &mut String, row: &Row, width: usize) {
 
 /// "4k", "128k": context lengths are powers of two or near one.
 fn tokens(count: u64) -> String {
-    if count % 1024 == 0 { format!("{}k", count / 1024) } else { count.to_string() }
+    if count.is_multiple_of(1024) { format!("{}k", count / 1024) } else { count.to_string() }
 }
