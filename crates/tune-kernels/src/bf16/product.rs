@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use tune_quant::StoredMatrix;
 
 use super::convert::round_row;
-use super::tile::{HEIGHT, PairedRows, PanelRow, Sums, WIDTH, multiply, pack_columns, pack_row_pair};
+use super::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, height, multiply, pack_columns, pack_row_pair};
 use crate::cpu::with_buffers;
 
 /// Largest depth of a block: a panel of it takes 24 KiB, so it stays in the first-level cache.
@@ -176,7 +176,7 @@ pub(super) fn run(products: &[Product]) {
         let most = (MOST_COLUMNS / granularity).max(1) * granularity;
         let columns = product.cols.div_ceil(share).next_multiple_of(granularity).clamp(granularity, most);
         let column_tasks = product.cols.div_ceil(columns);
-        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(HEIGHT);
+        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(height());
         for first_row in (0..product.rows).step_by(rows.max(1)) {
             for first in (0..product.cols).step_by(columns) {
                 let rows = first_row..product.rows.min(first_row + rows);
@@ -212,14 +212,8 @@ fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspac
             grow(panels, count * pairs, PanelRow::ZERO);
             let panels = &mut panels[..count * pairs];
             pack(term.b, block.clone(), cols.clone(), decoded, panels);
-            for top in (0..rows.len()).step_by(HEIGHT) {
-                let height = HEIGHT.min(rows.len() - top);
-                let a = PairedRows::new(&a.values[top * a.stride + block.start..], a.stride);
-                for (panel, left) in panels.chunks_exact(pairs.max(1)).zip((0..).step_by(WIDTH)) {
-                    let mut sums = Sums::new(&mut sums[top * stride + left..], stride);
-                    multiply(height, a, panel, &mut sums, accumulate);
-                }
-            }
+            let a = PairedRows::new(&a.values[block.start.min(a.values.len())..], a.stride);
+            multiply(rows.len(), a, Panels::new(panels, pairs), &mut Sums::new(sums, stride), accumulate);
             accumulate = true;
         }
     }
