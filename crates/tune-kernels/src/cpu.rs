@@ -13,7 +13,7 @@ mod matmul;
 mod matvec;
 mod panels;
 
-pub(crate) use buffer::{SharedSlots, Unwritten, Value, as_slots, with_buffers, with_scratch};
+pub(crate) use buffer::{Buffer, SharedSlots, Unwritten, Value, as_slots, with_buffers, with_scratch};
 pub(crate) use flex::{contiguous, from_values, values};
 pub(crate) use instruction_set::InstructionSet;
 pub(crate) use math::{

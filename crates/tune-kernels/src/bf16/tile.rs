@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use crate::cpu::{InstructionSet, vectorised};
+use crate::cpu::{Buffer, InstructionSet, vectorised};
 
 /// Columns of a panel.
 pub(super) const WIDTH: usize = 32;
@@ -47,6 +47,33 @@ impl<'a> PairedRows<'a> {
     /// `values` from the first column of the first row on.
     pub(super) fn new(values: &'a [bf16], stride: usize) -> Self {
         Self { values, stride }
+    }
+
+    /// Whether tiles are read slowly from where they lie: their rows cross lines of the cache, or fall on so few
+    /// places of it that they drive each other out.
+    pub(super) fn is_slow(self) -> bool {
+        const LINE: usize = 64;
+        const PLACES: usize = 2048;
+        let stride = self.stride * size_of::<bf16>();
+        let crosses = !self.values.as_ptr().addr().is_multiple_of(LINE) || !stride.is_multiple_of(LINE);
+        has_tiles() && (crosses || stride.is_multiple_of(PLACES))
+    }
+
+    /// The first `depth` values of `count` rows from row `top` on, copied to `buffer`.
+    pub(super) fn gather(
+        self,
+        top: usize,
+        count: usize,
+        depth: usize,
+        buffer: &mut Buffer<bf16>,
+    ) -> PairedRows<'_> {
+        let stride = depth.next_multiple_of(WIDTH);
+        let gathered = buffer.take(count * stride);
+        let rows = self.values[top * self.stride..].chunks(self.stride);
+        for (row, out) in rows.zip(gathered.chunks_exact_mut(stride)) {
+            out[..depth].copy_from_slice(&row[..depth]);
+        }
+        PairedRows { values: gathered, stride }
     }
 }
 

@@ -8,9 +8,9 @@ use std::ops::Range;
 use half::bf16;
 
 use super::Layout;
-use super::operands::{Buffer, Input, copy_rows, dot, pack_as_columns, pack_as_rows, transpose};
+use super::operands::{Input, copy_rows, dot, pack_as_columns, pack_as_rows, transpose};
 use crate::bf16::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, multiply};
-use crate::cpu::{exp2_for_bf16, vectorised, with_buffers};
+use crate::cpu::{Buffer, exp2_for_bf16, vectorised, with_buffers};
 
 /// Queries that are packed at once. A multiple of [`WIDTH`].
 pub(super) const QUERY_BLOCK: usize = 128;

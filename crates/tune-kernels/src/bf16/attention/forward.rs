@@ -5,10 +5,10 @@ use std::ops::Range;
 use half::bf16;
 
 use super::Layout;
-use super::operands::{Buffer, Input, pack_as_columns, pack_as_rows};
+use super::operands::{Input, pack_as_columns, pack_as_rows};
 use crate::bf16::convert::round_ties_away;
 use crate::bf16::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, multiply};
-use crate::cpu::{LANES, add_lanes, exp2_for_bf16, vectorised, with_buffers};
+use crate::cpu::{Buffer, LANES, add_lanes, exp2_for_bf16, vectorised, with_buffers};
 
 /// Queries whose scores are made at once. Documents are divided between queries at multiples of it.
 pub(super) const STRIP: usize = 32;

@@ -64,7 +64,7 @@ pub(super) unsafe fn multiply(
             }
         }
     }
-    shapes.release();
+    Shapes::release();
 }
 
 /// The shapes of the tile registers, as `ldtilecfg` takes them.
@@ -112,7 +112,7 @@ impl Shapes {
     }
 
     /// Leaves the registers as they were, so that the system need not save them.
-    fn release(self) {
+    fn release() {
         // SAFETY: as above.
         unsafe {
             asm!("tilerelease", options(nostack, nomem, preserves_flags),
