@@ -14,4 +14,4 @@ mod tile;
 
 pub use attention::self_attention;
 pub use projection::{Input, Layer, project, reference as projection_reference};
-pub use tile::is_fast;
+pub use tile::{has_tiles, is_fast};

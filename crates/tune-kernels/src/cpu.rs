@@ -13,7 +13,7 @@ mod matmul;
 mod matvec;
 mod panels;
 
-pub(crate) use buffer::{SharedSlots, Unwritten, Value, as_slots, with_buffers, with_scratch};
+pub(crate) use buffer::{Buffer, SharedSlots, Unwritten, Value, as_slots, with_buffers, with_scratch};
 pub(crate) use flex::{contiguous, from_values, values};
 pub(crate) use instruction_set::InstructionSet;
 pub(crate) use math::{
@@ -46,7 +46,7 @@ macro_rules! vectorised {
                 match $crate::cpu::InstructionSet::best() {
                     // SAFETY: the processor has every feature that the function is compiled for.
                     #[allow(unsafe_code)]
-                    $crate::cpu::InstructionSet::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::cpu::InstructionSet::Avx512 | $crate::cpu::InstructionSet::Amx => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     #[allow(unsafe_code)]
                     $crate::cpu::InstructionSet::Avx2 => return unsafe { avx2($($arg),*) },

@@ -42,8 +42,8 @@ vectorised! {
     }
 }
 
-/// `[cols, rows]`, each row padded with zeros to an even length.
-pub(super) fn transposed(values: &[bf16], rows: usize, cols: usize) -> Vec<bf16> {
+/// `[cols, rows]` of rows that begin `stride` apart, each row of it padded with zeros to an even length.
+pub(super) fn transposed(values: &[bf16], rows: usize, cols: usize, stride: usize) -> Vec<bf16> {
     // A block of rows of the result is written line of the cache by line of the cache.
     const BLOCK: usize = 32;
     let depth = rows.next_multiple_of(2);
@@ -52,7 +52,7 @@ pub(super) fn transposed(values: &[bf16], rows: usize, cols: usize) -> Vec<bf16>
         |(out, first)| {
             let width = BLOCK.min(cols - first);
             for row in 0..rows {
-                for (col, value) in values[row * cols + first..][..width].iter().enumerate() {
+                for (col, value) in values[row * stride + first..][..width].iter().enumerate() {
                     out[col * depth + row] = *value;
                 }
             }
@@ -69,7 +69,7 @@ mod tests {
     fn transposes_matrices_of_any_shape() {
         for (rows, cols) in [(0, 3), (3, 0), (1, 1), (5, 70), (64, 33)] {
             let values: Vec<_> = (0..rows * cols).map(|i| bf16::from_f32(i as f32)).collect();
-            let (got, depth) = (transposed(&values, rows, cols), rows.next_multiple_of(2));
+            let (got, depth) = (transposed(&values, rows, cols, cols), rows.next_multiple_of(2));
             for (i, got) in got.iter().enumerate() {
                 let (col, row) = (i / depth, i % depth);
                 assert_eq!(*got, if row < rows { values[row * cols + col] } else { bf16::ZERO });

@@ -14,7 +14,7 @@ use tune_quant::StoredMatrix;
 use super::convert::{round, round_row, transposed, widen};
 use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
 use super::tile::WIDTH;
-use crate::cpu::{SharedSlots, Unwritten, ViewMut, add_lanes, as_slots, exp, vectorised};
+use crate::cpu::{Buffer, SharedSlots, Unwritten, ViewMut, add_lanes, as_slots, exp, vectorised};
 
 /// Ids of a group: the columns of a panel, so that every tile holds whole groups.
 const GROUP: usize = WIDTH;
@@ -49,7 +49,7 @@ pub(crate) fn loss_and_gradient(
                 rows: rows.len(),
                 cols: d_model,
                 terms: vec![Term {
-                    a: Operand::new(&chunks.stored, rows.len(), vocab, vocab),
+                    a: Operand::new(&chunks.stored, rows.len(), vocab, chunks.stride),
                     b: Factor::Plain(Source::Stored(head)),
                 }],
                 finish: Box::new(|tile| {
@@ -76,8 +76,11 @@ pub(crate) fn loss_and_gradient(
 struct Chunk {
     vocab: usize,
     groups: usize,
-    /// `exp(z - m)` of the group's m, `[rows, vocab]`; empty when no gradient is wanted.
-    stored: Vec<bf16>,
+    /// Values from one row of `stored` to the next: an odd number of groups, or all rows would begin at the same
+    /// few places of the caches.
+    stride: usize,
+    /// `exp(z - m)` of the group's m, `[rows, stride]`; empty when no gradient is wanted.
+    stored: Buffer<bf16>,
     /// The rows of x.
     rounded: Vec<bf16>,
     /// Maximum and sum of each group, `[rows, groups]`.
@@ -91,10 +94,14 @@ struct Chunk {
 impl Chunk {
     fn new(rows: usize, vocab: usize, keeps: bool) -> Self {
         let groups = vocab.div_ceil(GROUP);
+        let stride = (groups | 1) * GROUP;
+        let mut stored = Buffer::default();
+        stored.take(if keeps { rows * stride } else { 0 });
         Self {
             vocab,
             groups,
-            stored: vec![bf16::ZERO; if keeps { rows * vocab } else { 0 }],
+            stride,
+            stored,
             rounded: Vec::new(),
             of_groups: vec![(0.0, 0.0); rows * groups],
             targets: vec![0.0; rows],
@@ -107,7 +114,7 @@ impl Chunk {
         self.rounded.resize(x.len(), bf16::ZERO);
         round_row(x, &mut self.rounded);
         let outputs = Outputs {
-            vocab: self.vocab,
+            stride: self.stride,
             groups: self.groups,
             stored: (!self.stored.is_empty()).then(|| SharedSlots::new(as_slots(&mut self.stored))),
             of_groups: SharedSlots::new(as_slots(&mut self.of_groups)),
@@ -133,10 +140,10 @@ impl Chunk {
     /// Turns what is stored into `scale · (softmax(z) - onehot(target))`.
     fn turn_into_gradient(&mut self, targets: &[u32], scale: f32) {
         let rows =
-            self.stored.par_chunks_exact_mut(self.vocab).zip(self.of_groups.par_chunks_exact(self.groups));
+            self.stored.par_chunks_exact_mut(self.stride).zip(self.of_groups.par_chunks_exact(self.groups));
         let known = targets.par_iter().zip(&self.targets).zip(&self.log_sums);
         rows.zip(known).with_min_len(8).for_each(|((row, groups), ((target, logit), log_sum))| {
-            for (values, (maximum, _)) in row.chunks_mut(GROUP).zip(groups) {
+            for (values, (maximum, _)) in row[..self.vocab].chunks_mut(GROUP).zip(groups) {
                 scale_in_place(values, scale * exp(maximum - log_sum));
             }
             row[*target as usize] = round(scale * (exp(logit - log_sum) - 1.0));
@@ -146,7 +153,7 @@ impl Chunk {
     /// Adds dzᵀ x, with the gradients of the logits dz that [`turn_into_gradient`](Self::turn_into_gradient) has left.
     fn add_head_gradient(&self, rows: usize, d_model: usize, d_head: &mut [f32]) {
         let depth = rows.next_multiple_of(2);
-        let dz = transposed(&self.stored[..rows * self.vocab], rows, self.vocab);
+        let dz = transposed(&self.stored, rows, self.vocab, self.stride);
         let sums = SharedSlots::new(as_slots(d_head));
         let x = Source::Halves { values: &self.rounded, stride: d_model };
         run(&[Product {
@@ -169,7 +176,7 @@ impl Chunk {
 
 /// Where the tiles of logits go.
 struct Outputs<'a> {
-    vocab: usize,
+    stride: usize,
     groups: usize,
     stored: Option<SharedSlots<'a, bf16>>,
     of_groups: SharedSlots<'a, (f32, f32)>,
@@ -187,7 +194,7 @@ impl Outputs<'_> {
                 #[allow(unsafe_code)]
                 let (stored, of_group) = unsafe {
                     (
-                        self.stored.map(|stored| stored.range(row * self.vocab + first, logits.len())),
+                        self.stored.map(|stored| stored.range(row * self.stride + first, logits.len())),
                         self.of_groups.range(row * self.groups + first / GROUP, 1),
                     )
                 };

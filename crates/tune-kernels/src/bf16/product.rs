@@ -16,8 +16,8 @@ use rayon::prelude::*;
 use tune_quant::StoredMatrix;
 
 use super::convert::round_row;
-use super::tile::{HEIGHT, PairedRows, PanelRow, Sums, WIDTH, multiply, pack_columns, pack_row_pair};
-use crate::cpu::with_buffers;
+use super::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, height, multiply, pack_columns, pack_row_pair};
+use crate::cpu::{Buffer, with_buffers};
 
 /// Largest depth of a block: a panel of it takes 24 KiB, so it stays in the first-level cache.
 const BLOCK_DEPTH: usize = 384;
@@ -27,6 +27,9 @@ const MOST_COLUMNS: usize = 320;
 
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 3;
+
+/// Panels that are multiplied with the same rows of A, so that it is worth while to copy these where they lie badly.
+const FEWEST_PANELS_TO_GATHER: usize = 3;
 
 /// A left factor: rows of `depth` values that begin `stride` apart.
 #[derive(Clone, Copy)]
@@ -169,14 +172,14 @@ pub(super) fn run(products: &[Product]) {
     let work = |p: &Product| p.rows * p.cols * p.terms.iter().map(|t| t.a.depth).sum::<usize>();
     let all: usize = products.iter().map(work).sum();
     let mut tasks: Vec<(&Product, Range<usize>, Range<usize>)> = Vec::new();
-    for product in products {
+    for product in products.iter().filter(|product| product.cols > 0) {
         // a large product is cut into many tasks, a small one beside it into one
         let share = (wanted * work(product)).div_ceil(all.max(1)).max(1);
         let granularity = product.terms.iter().map(Term::column_granularity).max().unwrap_or(1).max(WIDTH);
         let most = (MOST_COLUMNS / granularity).max(1) * granularity;
         let columns = product.cols.div_ceil(share).next_multiple_of(granularity).clamp(granularity, most);
         let column_tasks = product.cols.div_ceil(columns);
-        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(HEIGHT);
+        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(height());
         for first_row in (0..product.rows).step_by(rows.max(1)) {
             for first in (0..product.cols).step_by(columns) {
                 let rows = first_row..product.rows.min(first_row + rows);
@@ -192,33 +195,38 @@ pub(super) fn run(products: &[Product]) {
 /// Buffers of a task, kept by the thread for the next one.
 #[derive(Default)]
 struct Workspace {
-    panels: Vec<PanelRow>,
-    decoded: Vec<bf16>,
+    panels: Buffer<PanelRow>,
+    decoded: Buffer<bf16>,
     padded: Vec<bf16>,
-    sums: Vec<f32>,
+    /// Rows of A, gathered.
+    rows: Buffer<bf16>,
+    sums: Buffer<f32>,
 }
 
 fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspace: &mut Workspace) {
     let stride = cols.len().next_multiple_of(WIDTH);
-    let Workspace { panels, decoded, padded, sums } = workspace;
-    grow(sums, rows.len() * stride, 0.0);
-    let sums = &mut sums[..rows.len() * stride];
+    let Workspace { panels, decoded, padded, rows: gathered, sums } = workspace;
+    let sums = sums.take(rows.len() * stride);
     let mut accumulate = false;
     for term in &product.terms {
         let a = term.a.slice_rows(rows.clone(), padded);
         for block in term.blocks() {
             let pairs = block.len().div_ceil(2);
             let count = stride / WIDTH;
-            grow(panels, count * pairs, PanelRow::ZERO);
-            let panels = &mut panels[..count * pairs];
+            let panels = panels.take(count * pairs);
             pack(term.b, block.clone(), cols.clone(), decoded, panels);
-            for top in (0..rows.len()).step_by(HEIGHT) {
-                let height = HEIGHT.min(rows.len() - top);
-                let a = PairedRows::new(&a.values[top * a.stride + block.start..], a.stride);
-                for (panel, left) in panels.chunks_exact(pairs.max(1)).zip((0..).step_by(WIDTH)) {
-                    let mut sums = Sums::new(&mut sums[top * stride + left..], stride);
-                    multiply(height, a, panel, &mut sums, accumulate);
+            let panels = Panels::new(panels, pairs);
+            let a = PairedRows::new(&a.values[block.start.min(a.values.len())..], a.stride);
+            if count >= FEWEST_PANELS_TO_GATHER && a.is_slow() {
+                let height = height();
+                for top in (0..rows.len()).step_by(height) {
+                    let count = height.min(rows.len() - top);
+                    let a = a.gather(top, count, 2 * pairs, gathered);
+                    let mut sums = Sums::new(&mut sums[top * stride..], stride);
+                    multiply(count, a, panels, &mut sums, accumulate);
                 }
+            } else {
+                multiply(rows.len(), a, panels, &mut Sums::new(sums, stride), accumulate);
             }
             accumulate = true;
         }
@@ -234,7 +242,7 @@ fn pack(
     b: Factor,
     block: Range<usize>,
     cols: Range<usize>,
-    decoded: &mut Vec<bf16>,
+    decoded: &mut Buffer<bf16>,
     panels: &mut [PanelRow],
 ) {
     let pairs = block.len().div_ceil(2);
@@ -247,7 +255,7 @@ fn pack(
         }
         Factor::Transposed(source) => {
             let depth = 2 * pairs;
-            grow(decoded, WIDTH * depth, bf16::ZERO);
+            let decoded = decoded.take(WIDTH * depth);
             for (panel, first) in panels.chunks_exact_mut(pairs).zip(cols.clone().step_by(WIDTH)) {
                 let count = WIDTH.min(cols.end - first);
                 for (j, column) in decoded.chunks_exact_mut(depth).take(count).enumerate() {
@@ -265,8 +273,7 @@ fn pack(
             }
         }
         Factor::Plain(source) => {
-            grow(decoded, 2 * cols.len(), bf16::ZERO);
-            let (even, odd) = decoded[..2 * cols.len()].split_at_mut(cols.len());
+            let (even, odd) = decoded.take(2 * cols.len()).split_at_mut(cols.len());
             for (p, k) in block.clone().step_by(2).enumerate() {
                 source.read(k, cols.clone(), even);
                 if k + 1 < block.end {
@@ -286,12 +293,6 @@ fn pack_row(even: &[bf16], odd: &[bf16], p: usize, pairs: usize, panels: &mut [P
         let columns = left..even.len().min(left + WIDTH);
         let odd = odd.get(columns.clone()).unwrap_or_default();
         pack_row_pair(&even[columns], odd, &mut panel[p]);
-    }
-}
-
-fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, value: T) {
-    if buffer.len() < len {
-        buffer.resize(len, value);
     }
 }
 

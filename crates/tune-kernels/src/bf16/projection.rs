@@ -324,23 +324,23 @@ impl ProjectKernels for Flex {
         let u = u.operand(tokens, spec.d_in());
         let pair_views = Pairs::of(&pairs, &spec);
 
-        let mut h = vec![bf16::ZERO; tokens * pair_views.width];
-        let h_slots = SharedSlots::new(cpu::as_slots(&mut h));
-        let products: Vec<Product> = pair_views
-            .each()
-            .map(|(pair, frozen)| Product {
-                rows: tokens,
-                cols: pair.rank,
-                terms: vec![Term { a: u, b: Factor::Transposed(pair.a) }],
-                finish: Box::new(|tile| {
-                    write(h_slots, pair_views.width, pair.offset, &tile, |_, sums, out| {
-                        round_scaled_into(sums, frozen.scale, out);
-                    });
-                }),
-            })
-            .collect();
-        run(&products);
-        drop(products);
+        let all_a = pair_views.all_a();
+        let mut h = Unwritten::<bf16>::new(tokens * pair_views.width);
+        let h_slots = SharedSlots::new(h.slots());
+        run(&[Product {
+            rows: tokens,
+            cols: pair_views.width,
+            terms: vec![Term { a: u, b: Factor::Transposed(pair_views.source(&all_a)) }],
+            finish: Box::new(|tile| {
+                let scales = &pair_views.scales[tile.cols.clone()];
+                write(h_slots, pair_views.width, 0, &tile, |_, sums, out| {
+                    round_scaled_into(sums, scales, out);
+                });
+            }),
+        }]);
+        // SAFETY: the tiles cover h.
+        #[allow(unsafe_code)]
+        let h = unsafe { h.written() };
 
         let y = if spec.has_residual {
             let residual: &[f32] = cpu::values(&residual);
@@ -376,18 +376,19 @@ impl ProjectKernels for Flex {
         let dy_of =
             |layer: usize| Operand::new(&dy[columns[layer].start..], tokens, columns[layer].len(), d_out);
 
-        // dh
+        // dh; columns that only make a width even stay zeros
         let mut dh = vec![bf16::ZERO; tokens * pair_views.width];
         let dh_slots = SharedSlots::new(cpu::as_slots(&mut dh));
         let products: Vec<Product> = pair_views
             .each()
-            .map(|(pair, frozen)| Product {
+            .map(|pair| Product {
                 rows: tokens,
                 cols: pair.rank,
                 terms: vec![Term { a: dy_of(pair.layer), b: Factor::Plain(pair.b) }],
                 finish: Box::new(|tile| {
+                    let scales = &pair_views.scales[pair.offset..][tile.cols.clone()];
                     write(dh_slots, pair_views.width, pair.offset, &tile, |_, sums, out| {
-                        round_scaled_into(sums, frozen.scale, out);
+                        round_scaled_into(sums, scales, out);
                     });
                 }),
             })
@@ -395,33 +396,57 @@ impl ProjectKernels for Flex {
         run(&products);
         drop(products);
 
-        // dA, dB, dW and du: all that is left is independent
-        let u = again(&input, &spec.transform);
+        // du, and with it u behind an activation, whose gradient knows it
+        let wants_du = wants_x || wants_gain;
+        let mut du = DInput::new(wants_du, tokens, &spec);
+        let all_a = pair_views.all_a();
+        let mut of_du = Vec::new();
+        for (layer, frozen) in spec.layers.iter().enumerate() {
+            let w = Source::Stored(frozen.weight.matrix());
+            of_du.push(Term { a: dy_of(layer), b: Factor::Plain(w) });
+        }
+        if pair_views.width > 0 {
+            let dh = Operand::new(&dh, tokens, pair_views.width, pair_views.width);
+            of_du.push(Term { a: dh, b: Factor::Plain(pair_views.source(&all_a)) });
+        }
+        let makes_u = wants_du && matches!(spec.transform, Transform::SwiGlu);
+        let u = if makes_u {
+            let finish = du.finish(&input, d_in);
+            run(&[Product { rows: tokens, cols: d_in, terms: of_du.clone(), finish }]);
+            du.take_u()
+        } else {
+            again(&input, &spec.transform)
+        };
+
+        // dA, dB, dW: all that is left is independent
         let u = Shared::of(u.as_deref(), &input);
         let u = Source::Halves { values: u.values(), stride: d_in };
         let depth = tokens.next_multiple_of(2);
-        let (h_t, dh_t) =
-            (transposed(h, tokens, pair_views.width), transposed(&dh, tokens, pair_views.width));
-        let mut du = DInput::new(wants_x || wants_gain, tokens, &spec);
-        let dy_t = if spec.is_trained() { transposed(dy, tokens, d_out) } else { Vec::new() };
+        let width = pair_views.width;
+        let (h_t, dh_t) = (transposed(h, tokens, width, width), transposed(&dh, tokens, width, width));
+        let dy_t = if spec.is_trained() { transposed(dy, tokens, d_out, d_out) } else { Vec::new() };
         let mut of_pairs: Vec<Unwritten> =
             pairs.iter().map(|p| Unwritten::new(p.shape().num_elements())).collect();
         let slots: Vec<SharedSlots> = of_pairs.iter_mut().map(|v| SharedSlots::new(v.slots())).collect();
-        let mut products: Vec<Product> = Vec::new();
-        for (pair, _) in pair_views.each() {
-            let (da, db) = (slots[2 * pair.layer], slots[2 * pair.layer + 1]);
-            let rows = pair.offset * depth..;
-            let (rank, dh, h) = (pair.rank, &dh_t[rows.clone()], &h_t[rows]);
+        let mut products = Vec::new();
+        if wants_du && !makes_u {
+            let finish = du.finish(&input, d_in);
+            products.push(Product { rows: tokens, cols: d_in, terms: of_du, finish });
+        }
+        if width > 0 {
             products.push(Product {
-                rows: rank,
+                rows: width,
                 cols: d_in,
-                terms: vec![Term { a: Operand::new(dh, rank, tokens, depth), b: Factor::Plain(u) }],
-                finish: Box::new(move |tile| {
-                    write(da, d_in, 0, &tile, |_, sums, out| {
-                        out.write_copy_of_slice(sums);
-                    });
+                terms: vec![Term { a: Operand::new(&dh_t, width, tokens, depth), b: Factor::Plain(u) }],
+                finish: Box::new(|tile| {
+                    for pair in pair_views.each() {
+                        write_rows(slots[2 * pair.layer], d_in, &tile, pair.offset..pair.offset + pair.rank);
+                    }
                 }),
             });
+        }
+        for pair in pair_views.each() {
+            let (rank, h, db) = (pair.rank, &h_t[pair.offset * depth..], slots[2 * pair.layer + 1]);
             let dy = Source::Halves { values: &dy[columns[pair.layer].start..], stride: d_out };
             products.push(Product {
                 rows: rank,
@@ -449,19 +474,6 @@ impl ProjectKernels for Flex {
                 unsafe { slots[2 * layer + 1].range(0, pairs[2 * layer + 1].shape().num_elements()) };
             d_bias.fill(MaybeUninit::new(0.0)); // without a token there is no row to sum
             sum_rows(dy, depth, d_bias);
-        }
-        if wants_x || wants_gain {
-            let mut terms = Vec::new();
-            for (layer, frozen) in spec.layers.iter().enumerate() {
-                let w = Source::Stored(frozen.weight.matrix());
-                terms.push(Term { a: dy_of(layer), b: Factor::Plain(w) });
-            }
-            for (pair, _) in pair_views.each() {
-                let dh = Operand::new(&dh[pair.offset..], tokens, pair.rank, pair_views.width);
-                terms.push(Term { a: dh, b: Factor::Plain(pair.a) });
-            }
-            let finish = du.finish(&input, d_in);
-            products.insert(0, Product { rows: tokens, cols: d_in, terms, finish });
         }
         run(&products);
         drop(products);
@@ -530,7 +542,9 @@ struct Pairs<'a> {
     pairs: Vec<Pair<'a>>,
     /// Columns of h: all ranks, each padded to an even number.
     width: usize,
-    spec: &'a Spec,
+    d_in: usize,
+    /// The factor of each column of h.
+    scales: Vec<f32>,
 }
 
 struct Pair<'a> {
@@ -538,33 +552,50 @@ struct Pair<'a> {
     rank: usize,
     /// First column of h.
     offset: usize,
-    a: Source<'a>,
+    a: &'a [f32],
     b: Source<'a>,
 }
 
 impl<'a> Pairs<'a> {
     fn of(tensors: &'a [FlexTensor; 2 * MOST_LAYERS], spec: &'a Spec) -> Self {
-        let mut width = 0;
+        let (mut width, mut scales) = (0, Vec::new());
         let pairs = spec.layers.iter().enumerate().map(|(layer, of_layer)| {
             let (a, b) = (&tensors[2 * layer], &tensors[2 * layer + 1]);
-            let [rank, d_in] = a.shape().dims();
+            let [rank, _] = a.shape().dims();
             let rank = if of_layer.is_trained { 0 } else { rank };
             let offset = width;
             width += rank.next_multiple_of(2);
+            scales.resize(width, of_layer.scale);
             Pair {
                 layer,
                 rank,
                 offset,
-                a: Source::Floats { values: cpu::values(a), cols: d_in },
+                a: cpu::values(a),
                 b: Source::Floats { values: cpu::values(b), cols: rank },
             }
         });
-        Self { pairs: pairs.collect(), width, spec }
+        let pairs = pairs.collect();
+        Self { pairs, width, d_in: spec.d_in(), scales }
     }
 
-    /// Those of a rank above 0, with their layers.
-    fn each(&self) -> impl Iterator<Item = (&Pair<'a>, &'a LayerSpec)> {
-        self.pairs.iter().zip(&self.spec.layers).filter(|(pair, _)| pair.rank > 0)
+    /// Those of a rank above 0.
+    fn each(&self) -> impl Iterator<Item = &Pair<'a>> {
+        self.pairs.iter().filter(|pair| pair.rank > 0)
+    }
+
+    /// A of all layers one below the other, rounded, `[width, d_in]`: one product with it takes fewer passes over
+    /// the other factor than one for each layer.
+    fn all_a(&self) -> Vec<bf16> {
+        let mut all = vec![bf16::ZERO; self.width * self.d_in];
+        for pair in self.each() {
+            round_row(pair.a, &mut all[pair.offset * self.d_in..][..pair.a.len()]);
+        }
+        all
+    }
+
+    /// What [`all_a`](Self::all_a) has made as a matrix.
+    fn source<'b>(&self, all_a: &'b [bf16]) -> Source<'b> {
+        Source::Halves { values: all_a, stride: self.d_in }
     }
 }
 
@@ -657,7 +688,8 @@ enum DInput {
     Unwanted,
     Plain(Unwritten<bf16>),
     Norm(Unwritten<f32>),
-    SwiGlu(Unwritten<bf16>),
+    /// With u.
+    SwiGlu(Unwritten<bf16>, Unwritten<bf16>),
 }
 
 impl DInput {
@@ -667,7 +699,7 @@ impl DInput {
             _ if !wanted => Self::Unwanted,
             Transform::Plain => Self::Plain(Unwritten::new(len)),
             Transform::Norm { .. } => Self::Norm(Unwritten::new(len)),
-            Transform::SwiGlu => Self::SwiGlu(Unwritten::new(2 * len)),
+            Transform::SwiGlu => Self::SwiGlu(Unwritten::new(2 * len), Unwritten::new(len)),
         }
     }
 
@@ -689,23 +721,34 @@ impl DInput {
                     });
                 })
             }
-            Self::SwiGlu(dx) => {
-                let slots = SharedSlots::new(dx.slots());
+            Self::SwiGlu(dx, u) => {
+                let (slots, u) = (SharedSlots::new(dx.slots()), SharedSlots::new(u.slots()));
                 let input: &[bf16] = cpu::values(input);
                 Box::new(move |tile| {
                     for row in tile.rows.clone() {
                         let first = row * 2 * d_in + tile.cols.start;
                         let (gate, up) = (&input[first..], &input[first + d_in..]);
-                        // SAFETY: tiles cover C once, so no other task has these columns of gate and up.
+                        // SAFETY: tiles cover C once, so no other task has these columns of gate, up and u.
                         #[allow(unsafe_code)]
-                        let (d_gate, d_up) = unsafe {
+                        let (d_gate, d_up, u) = unsafe {
                             let len = tile.cols.len();
-                            (slots.range(first, len), slots.range(first + d_in, len))
+                            let u = u.range(row * d_in + tile.cols.start, len);
+                            (slots.range(first, len), slots.range(first + d_in, len), u)
                         };
-                        activate_backward(tile.row(row), gate, up, d_gate, d_up);
+                        activate_backward(tile.row(row), gate, up, d_gate, d_up, u);
                     }
                 })
             }
+        }
+    }
+
+    /// u behind an activation, when all tiles of du have been taken.
+    fn take_u(&mut self) -> Option<Vec<bf16>> {
+        match self {
+            // SAFETY: the tiles have written every element.
+            #[allow(unsafe_code)]
+            Self::SwiGlu(_, u) => Some(unsafe { std::mem::replace(u, Unwritten::new(0)).written() }),
+            _ => None,
         }
     }
 
@@ -724,7 +767,9 @@ impl DInput {
         match self {
             Self::Unwanted => (None, None),
             Self::Plain(dx) => (Some(cpu::from_values(unsafe { dx.written() }, [tokens, d_in])), None),
-            Self::SwiGlu(dx) => (Some(cpu::from_values(unsafe { dx.written() }, [tokens, 2 * d_in])), None),
+            Self::SwiGlu(dx, _) => {
+                (Some(cpu::from_values(unsafe { dx.written() }, [tokens, 2 * d_in])), None)
+            }
             Self::Norm(du) => {
                 let mut dx = unsafe { du.written() };
                 let gain = wants_gain
@@ -784,6 +829,16 @@ fn write<T: cpu::Value>(
     }
 }
 
+/// Writes the rows `rows` of C, as far as they are in a tile, to a matrix of them.
+fn write_rows(out: SharedSlots, cols: usize, tile: &Tile, rows: Range<usize>) {
+    for row in tile.rows.start.max(rows.start)..tile.rows.end.min(rows.end) {
+        // SAFETY: tiles cover C once, so no other task has these elements.
+        #[allow(unsafe_code)]
+        let slots = unsafe { out.range((row - rows.start) * cols + tile.cols.start, tile.cols.len()) };
+        slots.write_copy_of_slice(tile.row(row));
+    }
+}
+
 /// Writes a tile of C to the matrix `[cols, rank]` that is its transpose.
 fn write_transposed(out: SharedSlots, rank: usize, tile: &Tile) {
     for (i, col) in tile.cols.clone().enumerate() {
@@ -804,9 +859,9 @@ fn rounded(values: &[f32]) -> Vec<bf16> {
 }
 
 vectorised! {
-    fn round_scaled_into(sums: &[f32], scale: f32, out: &mut [MaybeUninit<bf16>]) {
-        for (sum, out) in sums.iter().zip(out) {
-            out.write(round(scale * *sum));
+    fn round_scaled_into(sums: &[f32], scales: &[f32], out: &mut [MaybeUninit<bf16>]) {
+        for ((sum, scale), out) in sums.iter().zip(scales).zip(out) {
+            out.write(round(*scale * *sum));
         }
     }
 
@@ -900,13 +955,16 @@ vectorised! {
         up: &[bf16],
         d_gate: &mut [MaybeUninit<bf16>],
         d_up: &mut [MaybeUninit<bf16>],
+        u: &mut [MaybeUninit<bf16>],
     ) {
-        for ((((du, gate), up), d_gate), d_up) in du.iter().zip(gate).zip(up).zip(d_gate).zip(d_up) {
-            let gate = widen(*gate);
+        let out = d_gate.iter_mut().zip(d_up).zip(u);
+        for (((du, gate), up), ((d_gate, d_up), u)) in du.iter().zip(gate).zip(up).zip(out) {
+            let (gate, up) = (widen(*gate), widen(*up));
             let sigmoid = 1.0 / (1.0 + exp(-gate));
             let silu = gate * sigmoid;
             d_up.write(round(*du * silu));
-            d_gate.write(round(*du * widen(*up) * (sigmoid + silu * (1.0 - sigmoid))));
+            d_gate.write(round(*du * up * (sigmoid + silu * (1.0 - sigmoid))));
+            u.write(round(silu * up));
         }
     }
 }

@@ -3,20 +3,24 @@
 //! A panel holds [`WIDTH`] columns of B. Depth goes in pairs: element `[p][j]` of a panel is a `u32` with
 //! `B[2p][j]` in its low half and `B[2p + 1][j]` in its high half, which is what one lane of `vdpbf16ps` takes.
 //! A is read row by row as it lies in memory, also in pairs. With AVX-512 BF16 a tile of 12 × 32 sums stays in
-//! registers and a pair of each row is broadcast against two loads of the panel; elsewhere the same sums are made
-//! with `f32` arithmetic in the same order.
+//! registers and a pair of each row is broadcast against two loads of the panel; with AMX one of 32 × 32;
+//! elsewhere the same sums are made with `f32` arithmetic in the same order.
 
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use std::ops::Range;
+
 use half::bf16;
 
-use crate::cpu::{InstructionSet, vectorised};
+use crate::cpu::{Buffer, InstructionSet, vectorised};
 
 /// Columns of a panel.
 pub(super) const WIDTH: usize = 32;
-
-/// Rows of the largest tile.
-pub(super) const HEIGHT: usize = 12;
 
 /// One pair of rows of a panel, aligned for the widest loads.
 #[derive(Clone, Copy)]
@@ -44,9 +48,71 @@ impl<'a> PairedRows<'a> {
     pub(super) fn new(values: &'a [bf16], stride: usize) -> Self {
         Self { values, stride }
     }
+
+    /// Whether tiles are read slowly from where they lie: their rows cross lines of the cache, or fall on so few
+    /// places of it that they drive each other out.
+    pub(super) fn is_slow(self) -> bool {
+        const LINE: usize = 64;
+        const PLACES: usize = 2048;
+        let stride = self.stride * size_of::<bf16>();
+        let crosses = !self.values.as_ptr().addr().is_multiple_of(LINE) || !stride.is_multiple_of(LINE);
+        has_tiles() && (crosses || stride.is_multiple_of(PLACES))
+    }
+
+    /// The first `depth` values of `count` rows from row `top` on, copied to `buffer`.
+    pub(super) fn gather(
+        self,
+        top: usize,
+        count: usize,
+        depth: usize,
+        buffer: &mut Buffer<bf16>,
+    ) -> PairedRows<'_> {
+        let stride = depth.next_multiple_of(WIDTH);
+        let gathered = buffer.take(count * stride);
+        let rows = self.values[top * self.stride..].chunks(self.stride);
+        for (row, out) in rows.zip(gathered.chunks_exact_mut(stride)) {
+            out[..depth].copy_from_slice(&row[..depth]);
+        }
+        PairedRows { values: gathered, stride }
+    }
 }
 
-/// A tile of sums: rows of [`WIDTH`] values that begin `stride` apart.
+/// Panels of the same depth, one after the other, or the same part of the depth of each.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    rows: &'a [PanelRow],
+    stride: usize,
+    first: usize,
+    pairs: usize,
+}
+
+impl<'a> Panels<'a> {
+    /// `rows` in panels of `pairs` pairs.
+    pub(super) fn new(rows: &'a [PanelRow], pairs: usize) -> Self {
+        Self { rows, stride: pairs, first: 0, pairs }
+    }
+
+    /// The pairs `pairs` of each panel.
+    pub(super) fn slice(self, pairs: Range<usize>) -> Self {
+        assert!(pairs.start <= pairs.end && pairs.end <= self.pairs, "pairs {pairs:?} of {}", self.pairs);
+        Self { first: self.first + pairs.start, pairs: pairs.len(), ..self }
+    }
+
+    fn pairs(self) -> usize {
+        self.pairs
+    }
+
+    fn count(self) -> usize {
+        self.rows.len() / self.stride.max(1)
+    }
+
+    fn each(self) -> impl Iterator<Item = &'a [PanelRow]> {
+        let panels = self.rows.chunks_exact(self.stride.max(1));
+        panels.map(move |panel| &panel[self.first..self.first + self.pairs])
+    }
+}
+
+/// A tile of sums: rows that begin `stride` apart.
 pub(super) struct Sums<'a> {
     values: &'a mut [f32],
     stride: usize,
@@ -59,52 +125,76 @@ impl<'a> Sums<'a> {
     }
 }
 
-/// `sums = rows · panel`, or `sums += rows · panel`, for `count` rows and the whole depth of the panel.
-pub(super) fn multiply(
-    count: usize,
-    rows: PairedRows,
-    panel: &[PanelRow],
-    sums: &mut Sums,
-    accumulate: bool,
-) {
-    assert!(count == 0 || (count - 1) * rows.stride + 2 * panel.len() <= rows.values.len(), "rows of A");
-    assert!(count == 0 || (count - 1) * sums.stride + WIDTH <= sums.values.len(), "rows of sums");
+/// `sums = rows · panels`, or `sums += rows · panels`, for `count` rows and the whole depth of the panels; those of a
+/// panel lie beside those of the panel before.
+pub(super) fn multiply(count: usize, rows: PairedRows, panels: Panels, sums: &mut Sums, accumulate: bool) {
+    let columns = panels.count() * WIDTH;
+    if count == 0 || columns == 0 {
+        return;
+    }
+    assert!((count - 1) * rows.stride + 2 * panels.pairs() <= rows.values.len(), "rows of A");
+    assert!((count - 1) * sums.stride + columns <= sums.values.len(), "rows of sums");
     #[cfg(target_arch = "x86_64")]
-    if is_fast() {
-        let (mut row, mut rest) = (0, count);
-        while rest > 0 {
-            let height = rest.min(HEIGHT);
-            // SAFETY: the processor has the features, and the rows were checked against their slices above.
-            unsafe {
-                avx512::multiply(
-                    height,
-                    rows.values.as_ptr().add(row * rows.stride),
-                    rows.stride,
-                    panel,
-                    sums.values.as_mut_ptr().add(row * sums.stride),
-                    sums.stride,
-                    accumulate,
-                );
+    if Engine::best() != Engine::Plain && panels.pairs() > 0 {
+        let (rows, row_stride) = (rows.values.as_ptr(), rows.stride);
+        let (sums, sum_stride) = (sums.values.as_mut_ptr(), sums.stride);
+        // SAFETY: the processor has the instructions, and rows and sums were checked against their slices above.
+        unsafe {
+            match Engine::best() {
+                Engine::Amx => amx::multiply(count, rows, row_stride, panels, sums, sum_stride, accumulate),
+                _ => avx512::multiply(count, rows, row_stride, panels, sums, sum_stride, accumulate),
             }
-            (row, rest) = (row + height, rest - height);
         }
         return;
     }
     for row in 0..count {
-        let pairs = &rows.values[row * rows.stride..][..2 * panel.len()];
-        let sums = &mut sums.values[row * sums.stride..][..WIDTH];
-        multiply_row(pairs, panel, sums, accumulate);
+        let pairs = &rows.values[row * rows.stride..][..2 * panels.pairs()];
+        let sums = sums.values[row * sums.stride..][..columns].as_chunks_mut::<WIDTH>().0;
+        for (panel, sums) in panels.each().zip(sums) {
+            multiply_row(pairs, panel, sums, accumulate);
+        }
     }
+}
+
+/// Rows of a tile: a task takes a multiple of them.
+pub(super) fn height() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if Engine::best() == Engine::Amx {
+        return amx::HEIGHT;
+    }
+    12
 }
 
 /// Whether products of `bf16` run on instructions of their own here.
 pub fn is_fast() -> bool {
+    Engine::best() != Engine::Plain
+}
+
+/// Whether they run on tiles (AMX).
+pub fn has_tiles() -> bool {
+    InstructionSet::best() == InstructionSet::Amx
+}
+
+/// What makes the products.
+#[derive(Clone, Copy, PartialEq)]
+enum Engine {
+    Plain,
     #[cfg(target_arch = "x86_64")]
-    {
-        is_x86_feature_detected!("avx512bf16") && InstructionSet::best() == InstructionSet::Avx512
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+}
+
+impl Engine {
+    fn best() -> Self {
+        match InstructionSet::best() {
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Amx => Self::Amx,
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512 if is_x86_feature_detected!("avx512bf16") => Self::Avx512,
+            _ => Self::Plain,
+        }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
 }
 
 vectorised! {
@@ -159,151 +249,6 @@ pub(super) fn pack_columns(columns: &[bf16], count: usize, stride: usize, panel:
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_maskz_loadu_epi32, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_store_si512, _mm512_storeu_ps,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
-    };
-    use std::mem::transmute;
-
-    use half::bf16;
-
-    use super::{HEIGHT, PanelRow, WIDTH};
-
-    /// # Safety
-    /// `rows` has `height` rows of `2 · panel.len()` values, `sums` as many of [`WIDTH`]; `height` is at most
-    /// [`HEIGHT`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub(super) unsafe fn multiply(
-        height: usize,
-        rows: *const bf16,
-        row_stride: usize,
-        panel: &[PanelRow],
-        sums: *mut f32,
-        sum_stride: usize,
-        accumulate: bool,
-    ) {
-        macro_rules! by_height {
-            ($($height:literal)*) => {
-                match height {
-                    // SAFETY: passed on to the caller.
-                    $($height => unsafe {
-                        tile::<$height>(rows, row_stride, panel, sums, sum_stride, accumulate)
-                    },)*
-                    _ => unreachable!("a tile has 1 to {HEIGHT} rows"),
-                }
-            };
-        }
-        by_height!(12 11 10 9 8 7 6 5 4 3 2 1);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn tile<const ROWS: usize>(
-        rows: *const bf16,
-        row_stride: usize,
-        panel: &[PanelRow],
-        sums: *mut f32,
-        sum_stride: usize,
-        accumulate: bool,
-    ) {
-        let mut left = [_mm512_setzero_ps(); ROWS];
-        let mut right = [_mm512_setzero_ps(); ROWS];
-        for (p, b) in panel.iter().enumerate() {
-            // SAFETY: a panel row is 128 aligned bytes; the caller vouches for the pairs of each row. Every bit
-            // pattern is a vector of bf16.
-            unsafe {
-                let b_left = transmute::<__m512i, __m512bh>(_mm512_load_si512(b.0.as_ptr().cast()));
-                let b_right = transmute::<__m512i, __m512bh>(_mm512_load_si512(b.0.as_ptr().add(16).cast()));
-                for i in 0..ROWS {
-                    let pair = rows.add(i * row_stride + 2 * p).cast::<i32>().read_unaligned();
-                    let pair = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair));
-                    left[i] = _mm512_dpbf16_ps(left[i], b_left, pair);
-                    right[i] = _mm512_dpbf16_ps(right[i], b_right, pair);
-                }
-            }
-        }
-        for i in 0..ROWS {
-            // SAFETY: the caller vouches for the sums of each row.
-            unsafe {
-                let out = sums.add(i * sum_stride);
-                if accumulate {
-                    left[i] = _mm512_add_ps(_mm512_loadu_ps(out), left[i]);
-                    right[i] = _mm512_add_ps(_mm512_loadu_ps(out.add(16)), right[i]);
-                }
-                _mm512_storeu_ps(out, left[i]);
-                _mm512_storeu_ps(out.add(16), right[i]);
-            }
-        }
-    }
-
-    /// # Safety
-    /// `columns` has [`WIDTH`] columns of `2 · panel.len()` values, `stride` apart.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    #[allow(clippy::cast_ptr_alignment, reason = "loads of any alignment")]
-    pub(super) unsafe fn pack_columns(columns: *const bf16, stride: usize, panel: &mut [PanelRow]) {
-        for (block, rows) in panel.chunks_mut(16).enumerate() {
-            let mask = if rows.len() == 16 { u16::MAX } else { (1 << rows.len()) - 1 };
-            for half in 0..WIDTH / 16 {
-                let mut lines = [_mm512_setzero_si512(); 16];
-                for (j, line) in lines.iter_mut().enumerate() {
-                    // SAFETY: the caller vouches for the pairs of each column; the mask leaves out all others.
-                    *line = unsafe {
-                        let pairs = columns.add((half * 16 + j) * stride + block * 32).cast::<i32>();
-                        if mask == u16::MAX {
-                            _mm512_loadu_si512(pairs.cast())
-                        } else {
-                            _mm512_maskz_loadu_epi32(mask, pairs)
-                        }
-                    };
-                }
-                for (row, line) in rows.iter_mut().zip(transpose(&lines)) {
-                    // SAFETY: half a panel row is 64 aligned bytes.
-                    unsafe { _mm512_store_si512(row.0.as_mut_ptr().add(half * 16).cast(), line) };
-                }
-            }
-        }
-    }
-
-    /// Transposes 16 × 16 values of 32 bits.
-    #[target_feature(enable = "avx512f")]
-    fn transpose(lines: &[__m512i; 16]) -> [__m512i; 16] {
-        let mut a = *lines;
-        for i in 0..8 {
-            (a[2 * i], a[2 * i + 1]) = (
-                _mm512_unpacklo_epi32(lines[2 * i], lines[2 * i + 1]),
-                _mm512_unpackhi_epi32(lines[2 * i], lines[2 * i + 1]),
-            );
-        }
-        // b[4g + c]: column c of each 4 × 4 block of rows 4g .. 4g + 4, one block in each 128-bit lane
-        let mut b = a;
-        for g in 0..4 {
-            b[4 * g] = _mm512_unpacklo_epi64(a[4 * g], a[4 * g + 2]);
-            b[4 * g + 1] = _mm512_unpackhi_epi64(a[4 * g], a[4 * g + 2]);
-            b[4 * g + 2] = _mm512_unpacklo_epi64(a[4 * g + 1], a[4 * g + 3]);
-            b[4 * g + 3] = _mm512_unpackhi_epi64(a[4 * g + 1], a[4 * g + 3]);
-        }
-        let mut out = b;
-        for c in 0..4 {
-            let (even_low, odd_low) = (
-                _mm512_shuffle_i32x4::<0b10_00_10_00>(b[c], b[4 + c]),
-                _mm512_shuffle_i32x4::<0b11_01_11_01>(b[c], b[4 + c]),
-            );
-            let (even_high, odd_high) = (
-                _mm512_shuffle_i32x4::<0b10_00_10_00>(b[8 + c], b[12 + c]),
-                _mm512_shuffle_i32x4::<0b11_01_11_01>(b[8 + c], b[12 + c]),
-            );
-            out[c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(even_low, even_high);
-            out[8 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(even_low, even_high);
-            out[4 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(odd_low, odd_high);
-            out[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd_low, odd_high);
-        }
-        out
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -335,22 +280,55 @@ mod tests {
 
     #[test]
     fn products_of_every_height_and_ragged_panels() {
-        for (count, depth, columns) in
-            [(1, 2, 32), (5, 34, 32), (12, 64, 31), (13, 66, 7), (25, 30, 32), (3, 2, 1)]
-        {
+        for (count, depth, columns) in [
+            (1, 2, 32),
+            (5, 34, 32),
+            (12, 64, 31),
+            (13, 66, 7),
+            (25, 30, 32),
+            (3, 2, 1),
+            (70, 100, 32),
+            (48, 96, 9),
+        ] {
             let stride = depth + 2;
             let (a, b) = (matrix(1, count * stride), matrix(2, columns * depth));
             let mut panel = vec![PanelRow([u32::MAX; WIDTH]); depth / 2];
             pack_columns(&b, columns, depth, &mut panel);
             let mut sums = vec![f32::NAN; count * WIDTH];
-            multiply(count, PairedRows::new(&a, stride), &panel, &mut Sums::new(&mut sums, WIDTH), false);
+            let (rows, panels) = (PairedRows::new(&a, stride), Panels::new(&panel, depth / 2));
+            multiply(count, rows, panels, &mut Sums::new(&mut sums, WIDTH), false);
             let want = product(count, &a, stride, &b, columns, depth);
             assert_close(&sums, &want);
-            multiply(count, PairedRows::new(&a, stride), &panel, &mut Sums::new(&mut sums, WIDTH), true);
+            multiply(count, rows, panels, &mut Sums::new(&mut sums, WIDTH), true);
             assert_close(&sums, &want.iter().map(|v| 2.0 * v).collect::<Vec<_>>());
             let mut portable = vec![0.0; WIDTH];
             multiply_row(&a[..depth], &panel, &mut portable, false);
             assert_close(&portable, &want[..WIDTH]);
+        }
+    }
+
+    #[test]
+    fn several_panels_and_parts_of_their_depth() {
+        let (count, depth, part) = (37, 130, 16..49);
+        let (a, b) = (matrix(4, count * depth), matrix(5, 2 * WIDTH * depth));
+        let mut panels = vec![PanelRow::ZERO; depth];
+        for (columns, panel) in b.chunks_exact(WIDTH * depth).zip(panels.chunks_exact_mut(depth / 2)) {
+            pack_columns(columns, WIDTH, depth, panel);
+        }
+        let stride = 2 * WIDTH + 5;
+        let mut sums = vec![f32::NAN; count * stride];
+        let first = 2 * part.start;
+        let rows = PairedRows::new(&a[first..], depth);
+        let panels = Panels::new(&panels, depth / 2).slice(part.clone());
+        multiply(count, rows, panels, &mut Sums::new(&mut sums, stride), false);
+        for i in 0..count {
+            for j in 0..2 * WIDTH {
+                let factors = (first..2 * part.end).map(|k| (a[i * depth + k], b[j * depth + k]));
+                let want = factors.map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>() as f32;
+                let got = sums[i * stride + j];
+                assert!((got - want).abs() < 1e-4, "[{i}, {j}]: {got}, want {want}");
+            }
+            assert!(sums[i * stride + 2 * WIDTH..(i + 1) * stride].iter().all(|v| v.is_nan()));
         }
     }
 

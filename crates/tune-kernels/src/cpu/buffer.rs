@@ -4,7 +4,9 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::{Deref, DerefMut, Range};
 
+use bytemuck::Zeroable;
 use half::bf16;
 
 /// What a kernel writes.
@@ -139,6 +141,47 @@ pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
         }
         work(&mut buffer[..len])
     })
+}
+
+/// A buffer that a thread keeps, which begins where no load of a register crosses a cache line. It reads as the
+/// slice that was last taken.
+pub(crate) struct Buffer<T> {
+    values: Vec<T>,
+    range: Range<usize>,
+}
+
+impl<T> Default for Buffer<T> {
+    fn default() -> Self {
+        Self { values: Vec::new(), range: 0..0 }
+    }
+}
+
+impl<T: Copy + Zeroable> Buffer<T> {
+    /// `len` values, which are what the last use left.
+    pub(crate) fn take(&mut self, len: usize) -> &mut [T] {
+        const LINE: usize = 64;
+        let most = len + LINE / size_of::<T>().min(LINE);
+        if self.values.len() < most {
+            self.values.resize(most, T::zeroed());
+        }
+        let first = self.values.as_ptr().align_offset(LINE);
+        self.range = first..first + len;
+        &mut self.values[self.range.clone()]
+    }
+}
+
+impl<T> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.values[self.range.clone()]
+    }
+}
+
+impl<T> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values[self.range.clone()]
+    }
 }
 
 #[cfg(test)]

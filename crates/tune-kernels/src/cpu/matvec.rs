@@ -110,9 +110,9 @@ fn run<const M: usize>(set: InstructionSet, job: Job, x: [&[Line]; M]) {
             #[cfg(target_arch = "x86_64")]
             InstructionSet::Avx2 => avx2(job, x),
             #[cfg(target_arch = "x86_64")]
-            InstructionSet::Avx512 => avx512(job, x),
+            InstructionSet::Avx512 | InstructionSet::Amx => avx512(job, x),
             #[cfg(not(target_arch = "x86_64"))]
-            InstructionSet::Avx2 | InstructionSet::Avx512 => portable(job, x),
+            InstructionSet::Avx2 | InstructionSet::Avx512 | InstructionSet::Amx => portable(job, x),
         }
     }
 }

@@ -8,15 +8,15 @@ use std::ops::Range;
 use half::bf16;
 
 use super::Layout;
-use super::operands::{Buffer, Input, copy_rows, dot, pack_as_columns, pack_as_rows, transpose};
-use crate::bf16::tile::{PairedRows, PanelRow, Sums, WIDTH, multiply};
-use crate::cpu::{exp2_for_bf16, vectorised, with_buffers};
+use super::operands::{Input, copy_rows, dot, pack_as_columns, pack_as_rows, transpose};
+use crate::bf16::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, multiply};
+use crate::cpu::{Buffer, exp2_for_bf16, vectorised, with_buffers};
 
 /// Queries that are packed at once. A multiple of [`WIDTH`].
 pub(super) const QUERY_BLOCK: usize = 128;
 
 /// Keys whose scores are made at once, an even number.
-const STRIP: usize = 24;
+const STRIP: usize = 32;
 
 /// Keys whose part of dQ is added at once. A multiple of [`STRIP`].
 const KEY_BLOCK: usize = 192;
@@ -171,10 +171,9 @@ impl Strip {
                     [(&keys.k, &queries.q_columns, &mut *scores), (&keys.v, &queries.d_o_columns, &mut *d_p)]
                 {
                     let rows = PairedRows::new(&rows[key * dim..], dim);
-                    let panels = columns.chunks_exact(dim / 2).zip((0..).step_by(WIDTH));
-                    for (panel, left) in panels.skip(first_panel) {
-                        multiply(height, rows, panel, &mut Sums::new(&mut out[left..], QUERY_BLOCK), false);
-                    }
+                    let panels = Panels::new(&columns[first_panel * (dim / 2)..], dim / 2);
+                    let mut sums = Sums::new(&mut out[first_panel * WIDTH..], QUERY_BLOCK);
+                    multiply(height, rows, panels, &mut sums, false);
                 }
                 for i in (0..height).step_by(2) {
                     let rows = i * QUERY_BLOCK..STRIP.min(i + 2) * QUERY_BLOCK;
@@ -195,10 +194,8 @@ impl Strip {
                     [(&*p, &queries.d_o_rows, &mut *dv), (&*d_s, &queries.q_rows, &mut *dk)]
                 {
                     let rows = PairedRows::new(&rows[2 * first_pair..], QUERY_BLOCK);
-                    for (panel, left) in panels.chunks_exact(padded / 2).zip((0..).step_by(WIDTH)) {
-                        let mut sums = Sums::new(&mut out[key * wide + left..], wide);
-                        multiply(height, rows, &panel[first_pair..], &mut sums, true);
-                    }
+                    let panels = Panels::new(panels, padded / 2).slice(first_pair..padded / 2);
+                    multiply(height, rows, panels, &mut Sums::new(&mut out[key * wide..], wide), true);
                 }
             }
             let k_columns = PairedRows::new(&keys.k_columns[first * dim..], KEY_BLOCK);
@@ -206,7 +203,8 @@ impl Strip {
                 let seen = end.min(block.start + left + WIDTH).saturating_sub(first);
                 if seen > 0 {
                     let mut sums = Sums::new(&mut dq[left..], QUERY_BLOCK);
-                    multiply(dim, k_columns, &panel[..seen.div_ceil(2)], &mut sums, first > 0);
+                    let panel = Panels::new(panel, KEY_BLOCK / 2).slice(0..seen.div_ceil(2));
+                    multiply(dim, k_columns, panel, &mut sums, first > 0);
                 }
             }
         }

@@ -5,13 +5,13 @@ use std::ops::Range;
 use half::bf16;
 
 use super::Layout;
-use super::operands::{Buffer, Input, pack_as_columns, pack_as_rows};
+use super::operands::{Input, pack_as_columns, pack_as_rows};
 use crate::bf16::convert::round_ties_away;
-use crate::bf16::tile::{PairedRows, PanelRow, Sums, WIDTH, multiply};
-use crate::cpu::{LANES, add_lanes, exp2_for_bf16, vectorised, with_buffers};
+use crate::bf16::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, multiply};
+use crate::cpu::{Buffer, LANES, add_lanes, exp2_for_bf16, vectorised, with_buffers};
 
 /// Queries whose scores are made at once. Documents are divided between queries at multiples of it.
-pub(super) const STRIP: usize = 24;
+pub(super) const STRIP: usize = 32;
 
 /// Keys that are packed at once: with their values 96 KiB for heads of 64. A multiple of [`WIDTH`] and of
 /// [`STRIP`], so that every query of a strip sees some key of every block up to its own.
@@ -63,18 +63,15 @@ pub(super) fn attend(
                     let visible = keys.min(end - first);
                     let row = head * rows + top;
                     let q = PairedRows::new(&q[row * dim..], dim);
-                    for (panel, left) in k.chunks_exact(dim / 2).zip((0..visible).step_by(WIDTH)) {
-                        multiply(height, q, panel, &mut Sums::new(&mut scores[left..], KEY_BLOCK), false);
-                    }
+                    let of_visible = Panels::new(&k[..visible.div_ceil(WIDTH) * (dim / 2)], dim / 2);
+                    multiply(height, q, of_visible, &mut Sums::new(scores, KEY_BLOCK), false);
                     let sums = &mut sums[row * wide..(row + height) * wide];
                     let states = &mut states[row..row + height];
                     let seen = queries.start + top + 1 - first;
                     soften(scores, p, visible.next_multiple_of(WIDTH), seen, states, sums, first > 0);
                     let p = PairedRows::new(p, KEY_BLOCK);
-                    for (panel, left) in v.chunks_exact(KEY_BLOCK / 2).zip((0..).step_by(WIDTH)) {
-                        let panel = &panel[..visible.div_ceil(2)];
-                        multiply(height, p, panel, &mut Sums::new(&mut sums[left..], wide), first > 0);
-                    }
+                    let of_visible = Panels::new(v, KEY_BLOCK / 2).slice(0..visible.div_ceil(2));
+                    multiply(height, p, of_visible, &mut Sums::new(sums, wide), first > 0);
                 }
             }
         }

@@ -1,9 +1,8 @@
 //! Rows of heads as the factors of products: rotated, packed, transposed.
 
 use std::mem::MaybeUninit;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
-use bytemuck::Zeroable;
 use half::bf16;
 
 use super::Layout;
@@ -203,40 +202,5 @@ vectorised! {
         }
         let tail = a_tail.iter().zip(b_tail).fold(0.0, |sum, (a, b)| sum + widen(*a) * widen(*b));
         lanes.iter().fold(tail, |sum, lane| sum + lane)
-    }
-}
-
-/// A buffer that a thread keeps, which begins where no load of a register crosses a cache line. It reads as the
-/// slice that was last taken.
-pub(super) struct Buffer<T> {
-    values: Vec<T>,
-    range: Range<usize>,
-}
-
-impl<T> Default for Buffer<T> {
-    fn default() -> Self {
-        Self { values: Vec::new(), range: 0..0 }
-    }
-}
-
-impl<T: Copy + Zeroable> Buffer<T> {
-    /// `len` values, which are what the last use left.
-    pub(super) fn take(&mut self, len: usize) -> &mut [T] {
-        const LINE: usize = 64;
-        let most = len + LINE / size_of::<T>().min(LINE);
-        if self.values.len() < most {
-            self.values.resize(most, T::zeroed());
-        }
-        let first = self.values.as_ptr().align_offset(LINE);
-        self.range = first..first + len;
-        &mut self.values[self.range.clone()]
-    }
-}
-
-impl<T> Deref for Buffer<T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        &self.values[self.range.clone()]
     }
 }

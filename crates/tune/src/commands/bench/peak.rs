@@ -25,8 +25,10 @@ struct Report {
     #[serde(flatten)]
     host: Host,
     f32: Peak,
-    /// Absent where the processor has no bf16 dot product.
+    /// The fastest one; absent where the processor has no bf16 product.
     bf16: Option<Peak>,
+    /// Where tiles are the fastest one.
+    bf16_dot_product: Option<Peak>,
 }
 
 /// 10⁹ floating-point operations a second; a multiplication and an addition are two.
@@ -43,6 +45,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         host: Host::with_threads(host::cores()),
         f32: measure(Loop::f32()),
         bf16: Loop::bf16().map(measure),
+        bf16_dot_product: Loop::bf16_tiles().and_then(|_| Loop::bf16_dot_product()).map(measure),
     };
     print(&report, args.json)
 }
@@ -58,14 +61,18 @@ fn measure(work: Loop) -> Peak {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.host)?;
-        let mut line = |name: &str, peak: &Peak| {
+        let line = |f: &mut fmt::Formatter<'_>, name: &str, peak: &Peak| {
             let Peak { instruction, one_core_gflops: one, all_cores_gflops: all } = peak;
             writeln!(f, "{name:<12}{one:.1} GFLOP/s on one core, {all:.1} on all ({instruction})")
         };
-        line("f32", &self.f32)?;
+        line(f, "f32", &self.f32)?;
         match &self.bf16 {
-            Some(peak) => line("bf16", peak),
-            None => writeln!(f, "bf16        no instruction of its own here"),
+            Some(peak) => line(f, "bf16", peak)?,
+            None => writeln!(f, "bf16        no instruction of its own here")?,
+        }
+        match &self.bf16_dot_product {
+            Some(peak) => line(f, "", peak),
+            None => Ok(()),
         }
     }
 }

@@ -37,14 +37,32 @@ impl Loop {
         Self { instruction: "compiled for the target", flop: PORTABLE_FLOP, run: portable }
     }
 
-    /// The bf16 dot product, where the processor has one.
+    /// The fastest bf16 product of this processor, where it has one.
     pub fn bf16() -> Option<Self> {
+        Self::bf16_tiles().or_else(Self::bf16_dot_product)
+    }
+
+    /// The bf16 dot product, where the processor has one.
+    pub fn bf16_dot_product() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
             return Some(Self {
                 instruction: "AVX-512 BF16 dot product",
                 flop: x86::AVX512_BF16_FLOP,
                 run: x86::avx512_bf16,
+            });
+        }
+        None
+    }
+
+    /// Products of tiles of bf16, where the processor has them and the system allows them.
+    pub fn bf16_tiles() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if tune_kernels::bf16::has_tiles() {
+            return Some(Self {
+                instruction: "AMX BF16 tiles",
+                flop: x86::AMX_BF16_FLOP,
+                run: x86::amx_bf16,
             });
         }
         None
@@ -105,6 +123,7 @@ fn portable(rounds: u64) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::{
         _mm256_add_ps, _mm256_cvtss_f32, _mm256_fmadd_ps, _mm256_set1_ps, _mm512_add_ps, _mm512_cvtne2ps_pbh,
         _mm512_cvtss_f32, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_set1_ps,
@@ -118,6 +137,8 @@ mod x86 {
     pub(super) const AVX512_FMA_FLOP: u64 = AVX512_SUMS as u64 * 16 * 2;
     /// 16 lanes, two multiplications and two additions each.
     pub(super) const AVX512_BF16_FLOP: u64 = AVX512_SUMS as u64 * 16 * 4;
+    /// Four tiles of 16 × 16 sums, of 32 multiplications and additions each.
+    pub(super) const AMX_BF16_FLOP: u64 = 4 * 16 * 16 * 32 * 2;
     /// 8 lanes, a multiplication and an addition each.
     pub(super) const AVX2_FMA_FLOP: u64 = AVX2_SUMS as u64 * 8 * 2;
 
@@ -156,6 +177,52 @@ mod x86 {
         unsafe { run(rounds) }
     }
 
+    /// The first of all sums.
+    #[allow(unsafe_code)]
+    pub(super) fn amx_bf16(rounds: u64) -> f32 {
+        /// The shapes of the tile registers, all of 16 rows of 64 bytes.
+        #[repr(C, align(64))]
+        struct Shapes([u8; 64]);
+
+        let mut shapes = Shapes([0; 64]);
+        shapes.0[0] = 1;
+        for tile in 0..8 {
+            shapes.0[16 + 2 * tile] = 64;
+            shapes.0[48 + tile] = 16;
+        }
+        let factors = [0x3F80_3F80_u32; 256]; // ones
+        let mut sums = [0.0_f32; 256];
+        // SAFETY: chosen only where the processor and the system have tiles. The factors and the sums are 16 rows of
+        // 64 bytes each; all registers that are written are named.
+        unsafe {
+            asm!(
+                "ldtilecfg [{shapes}]",
+                "tileloadd tmm4, [{factors} + {stride}]",
+                "tileloadd tmm5, [{factors} + {stride}]",
+                "tileloadd tmm6, [{factors} + {stride}]",
+                "tileloadd tmm7, [{factors} + {stride}]",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                "tilestored [{sums} + {stride}], tmm0",
+                "tilerelease",
+                shapes = in(reg) &raw const shapes,
+                factors = in(reg) factors.as_ptr(),
+                sums = in(reg) sums.as_mut_ptr(),
+                stride = in(reg) 64_usize,
+                rounds = inout(reg) rounds => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+        sums[0]
+    }
+
     #[allow(unsafe_code)]
     pub(super) fn avx2_fma(rounds: u64) -> f32 {
         #[target_feature(enable = "avx2,fma")]
@@ -185,7 +252,11 @@ mod tests {
         let portable = Loop { instruction: "", flop: PORTABLE_FLOP, run: portable };
         assert_near((portable.run)(rounds), rounds * PORTABLE_FLOP / 2);
         let lanes = |work: Loop| if work.instruction.starts_with("AVX-512") { 16 } else { 8 };
-        for work in [Some(Loop::f32()), Loop::bf16()].into_iter().flatten() {
+        if let Some(work) = Loop::bf16_tiles() {
+            // one element of the first of four tiles
+            assert_near((work.run)(rounds), rounds * work.flop / 2 / 4 / 256);
+        }
+        for work in [Some(Loop::f32()), Loop::bf16_dot_product()].into_iter().flatten() {
             if work.instruction.starts_with("AVX") {
                 // the first lane of all sums
                 assert_near((work.run)(rounds), rounds * work.flop / 2 / lanes(work));
