@@ -1,33 +1,27 @@
 //! `tune export`: a trained run as GGUF, safetensors or PEFT.
 
+mod job;
+
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::HumanBytes;
 use miette::Result;
-use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
-use tune_export::{
-    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention,
-    Verification, export,
-};
+use tune_data::Tokenizer;
+use tune_export::{ExportError, ExportTarget};
+use tune_formats::BaseModel;
 use tune_formats::peft::{self, Adapter, AdapterConfig};
-use tune_formats::{BaseModel, Source};
 use tune_hub::ModelRef;
 use tune_models::Llama;
-use tune_recipe::{Method, Quantization, RunSpec, Verify};
+use tune_recipe::{Method, RunSpec};
 use tune_train::RunFolder;
 
 use crate::download;
 use crate::exit::UsageError;
 use crate::inputs::Inputs;
 use crate::model::trained_base;
-
-/// Below this much of the update, answers are closer to the base's than to the trained ones.
-const LEAST_KEPT: f64 = 0.9;
-/// Rounding errors larger than the update by this factor drown it.
-const LARGEST_ERROR: f64 = 2.0;
+use job::Job;
 
 #[derive(clap::Args)]
 #[command(after_help = "Formats:\n  \
@@ -149,71 +143,6 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<P
     Ok(report.path)
 }
 
-/// What is exported.
-struct Job<'a> {
-    name: &'a str,
-    reference: &'a str,
-    base: &'a BaseModel,
-    adapter: &'a Adapter,
-    tokenizer: &'a Tokenizer,
-    spec: Option<&'a RunSpec>,
-}
-
-impl Job<'_> {
-    /// Exports with a progress bar, and tells what the user should know about the result.
-    fn write(&self, target: ExportTarget, out: &Path, replace_folder: bool) -> Result<ExportReport> {
-        if self.adapter.trained_on(self.base)? == Some(false) {
-            eprintln!(
-                "note      the adapter was trained over other weights of this model than {}",
-                self.reference
-            );
-        }
-        let over_nf4 = self.spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
-        if over_nf4 && matches!(target, ExportTarget::Gguf(_) | ExportTarget::Safetensors) {
-            eprintln!("note      trained over NF4, merged into the weights that NF4 was made from");
-        }
-        // The date that training used, so that a template which shows one is recognised.
-        let template = match &self.base.chat_template {
-            Some(_) => Some(ChatTemplate::from_base(self.base, self.tokenizer, Clock::Fixed)?),
-            None => None,
-        };
-        let render = |messages: &[(&str, &str)], add_generation_prompt: bool| {
-            let messages: Vec<Message> =
-                messages.iter().map(|(role, content)| Message::new(role, content)).collect();
-            template.as_ref()?.render(&messages, None, add_generation_prompt).ok()
-        };
-        let tokenizer_json = match (&self.base.source, target) {
-            (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
-            _ => None,
-        };
-        let options = ExportOptions {
-            name: Some(self.name),
-            chat_template: None,
-            ollama_base: self.reference.strip_prefix("ollama:"),
-            tokenizer_json: tokenizer_json.as_deref(),
-            verification: self.spec.map_or(Verification::Strict, |spec| match spec.export.verify {
-                Verify::Strict => Verification::Strict,
-                Verify::Warn => Verification::Warn,
-                Verify::Off => Verification::Off,
-            }),
-            replace_folder,
-            render: Some(&render),
-        };
-        let request = ExportRequest { base: self.base, adapter: self.adapter, target, out, options };
-        let bar = bar(target);
-        let report = export(&request, &mut |event| show(&bar, event));
-        bar.finish_and_clear();
-        let report = report?;
-        for note in &report.notes {
-            eprintln!("note      {note}");
-        }
-        if let Some(retention) = report.retention {
-            tell_retention(target, retention);
-        }
-        Ok(report)
-    }
-}
-
 fn parse_target(text: &str) -> Result<ExportTarget> {
     if let Some(name) = text.strip_prefix("ollama:") {
         return Err(UsageError::report(
@@ -227,21 +156,6 @@ fn parse_target(text: &str) -> Result<ExportTarget> {
         }
         error => error.into(),
     })
-}
-
-fn tell_retention(target: ExportTarget, retention: Retention) {
-    eprintln!(
-        "kept      {:.1} % of the update, which is {:.2} % of the weights; rounding adds {:.0} % of it",
-        100.0 * retention.kept,
-        100.0 * retention.relative_update,
-        100.0 * retention.error,
-    );
-    if retention.kept < LEAST_KEPT || retention.error > LARGEST_ERROR {
-        eprintln!(
-            "warning   {target} is too coarse for an update of this size and may answer like the base: use gguf:q8_0, \
-             gguf:f16 or gguf-lora"
-        );
-    }
 }
 
 fn read_adapter(folder: &RunFolder, is_run: bool) -> Result<Adapter> {
@@ -276,28 +190,4 @@ fn name_of(path: &Path) -> String {
     let name =
         path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     name.unwrap_or_else(|| "model".to_owned())
-}
-
-fn bar(target: ExportTarget) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{msg:9} {wide_bar} {pos}/{len} tensors");
-    ProgressBar::new(0)
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        .with_message(target.to_string())
-}
-
-fn show(bar: &ProgressBar, event: ExportEvent) {
-    match event {
-        ExportEvent::Started { tensors, .. } => bar.set_length(2 * tensors as u64),
-        ExportEvent::Wrote { done, .. } => {
-            bar.set_message("writing");
-            bar.set_position(done as u64);
-        }
-        ExportEvent::Verified { done, tensors } => {
-            bar.set_message("verifying");
-            bar.set_position((tensors + done) as u64);
-        }
-    }
 }
