@@ -5,22 +5,26 @@
 //! checked first, everything is written beside its target, read back, compared with what was meant, and only then
 //! renamed.
 
+mod cholesky;
 mod error;
+mod error_feedback;
 mod file_type;
 mod gguf_adapter;
 mod gguf_metadata;
 mod gguf_model;
 mod go_template;
 mod merge;
+mod merge_route;
 mod ollama_modelfile;
 mod pre_tokenizer;
-mod retention;
 mod safetensors_model;
 mod special_text;
 mod staging;
+mod stored_update;
 mod target;
 mod tokenizer_metadata;
 mod verify;
+mod weight_check;
 
 use std::path::{Path, PathBuf};
 
@@ -31,10 +35,13 @@ use staging::Staged;
 use verify::Differences;
 
 pub use error::ExportError;
+pub use error_feedback::InputMoments;
 pub use file_type::FileType;
 pub use go_template::Render;
-pub use retention::Retention;
+pub use merge_route::{Activations, MergeRoute};
+pub use stored_update::StoredUpdate;
 pub use target::ExportTarget;
+pub use weight_check::{WeightCheck, check_weights};
 
 /// What to export, and where to.
 #[derive(Clone, Copy)]
@@ -62,14 +69,27 @@ pub struct ExportOptions<'a> {
     pub ollama_base: Option<&'a str>,
     /// `tokenizer.json` of a GGUF base, rebuilt from its metadata, for the safetensors target.
     pub tokenizer_json: Option<&'a str>,
+    /// How merged weights become codes, for GGUF types of few bits.
+    pub route: MergeRoute,
+    /// What [`MergeRoute::Gptq`] needs to know.
+    pub activations: Option<&'a Activations<'a>>,
     /// What happens when the written file does not read back as meant.
     pub verification: Verification,
+    /// Judges the finished file, before it gets its name: every reason not to put it in place. Asked after the
+    /// byte comparison, and only where there is one.
+    pub judge: Option<&'a Judge<'a>>,
     /// A folder at the target is an earlier export and may be replaced. Files always are.
     pub replace_folder: bool,
     /// Renders a conversation with the chat template used in training. Needed for the Modelfile's `TEMPLATE`, which
     /// is left out without it.
     pub render: Option<&'a Render<'a>>,
 }
+
+/// Every reason not to put a finished file in place.
+///
+/// # Errors
+/// Whatever keeps it from its place under any setting of `verification`.
+pub type Judge<'a> = dyn Fn(&Path) -> Result<Vec<String>, ExportError> + 'a;
 
 /// What happens when the written file does not read back as meant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -118,8 +138,8 @@ pub struct ExportReport {
     pub bytes: u64,
     /// Tensors in it.
     pub tensors: usize,
-    /// How much of the adapter's effect the merged weights hold; `None` for adapters.
-    pub retention: Option<Retention>,
+    /// How much of the adapter's update the merged weights hold; `None` for adapters.
+    pub stored_update: Option<StoredUpdate>,
     /// The Modelfile beside a GGUF file.
     pub modelfile: Option<PathBuf>,
     /// What the user should know.
@@ -152,7 +172,7 @@ pub fn export(
         path: request.out.to_owned(),
         bytes: staging::size_of(request.out)?,
         tensors: written.tensors,
-        retention: written.retention,
+        stored_update: written.stored_update,
         modelfile,
         notes,
     })
@@ -161,7 +181,7 @@ pub fn export(
 /// What the writer of a target reports.
 struct Written {
     tensors: usize,
-    retention: Option<Retention>,
+    stored_update: Option<StoredUpdate>,
 }
 
 fn write_peft(
@@ -178,7 +198,7 @@ fn write_peft(
     progress(ExportEvent::Started { tensors, bytes });
     peft::write(staged.path(), adapter)?;
     progress(ExportEvent::Wrote { done: tensors, tensors });
-    Differences::find(request, notes, |differences| {
+    Differences::find(request, staged.path(), notes, |differences| {
         let found = peft::read(staged.path())?;
         if found.layers.keys().ne(adapter.layers.keys()) {
             differences.push("the list of layers is another one");
@@ -193,7 +213,7 @@ fn write_peft(
         Ok(())
     })?;
     staged.publish()?;
-    Ok(Written { tensors, retention: None })
+    Ok(Written { tensors, stored_update: None })
 }
 
 fn refuse_to_overwrite_base(request: &ExportRequest<'_>) -> Result<(), ExportError> {

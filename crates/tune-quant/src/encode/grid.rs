@@ -32,8 +32,7 @@ impl Grid {
         }
         assert!(bytes.len().is_multiple_of(block_type.block_bytes()), "whole {} blocks", block_type.name());
         let len = bytes.len() / block_type.block_bytes() * block_type.block_len();
-        let mut grid =
-            Self { block_type, bytes: bytes.to_vec(), zero: vec![0.0; len], step: vec![0.0; len] };
+        let mut grid = Self { block_type, bytes: bytes.to_vec(), zero: vec![0.0; len], step: vec![0.0; len] };
         let decoded = |grid: &Self, code: u8| {
             let mut values = vec![0.0; len];
             block_type.decode(&grid.with_codes(&vec![code; len]), &mut values);

@@ -1,0 +1,39 @@
+//! How a merged weight becomes one of few values.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::InputMoments;
+
+/// How a merged weight becomes one of few values. `docs/merging.md` has what each of them keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MergeRoute {
+    /// The nearest codes under the scales of the base, where the type stays; small updates vanish.
+    Rtn,
+    /// Scales and codes anew, byte for byte as `llama-quantize` makes them.
+    #[default]
+    Refit,
+    /// Codes with error feedback over training activations; the scales of the base, where the type stays.
+    Gptq,
+}
+
+impl MergeRoute {
+    /// As written after `--merge`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+            Self::Refit => "refit",
+            Self::Gptq => "gptq",
+        }
+    }
+}
+
+impl fmt::Display for MergeRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Gives the moments of the inputs of a linear layer, by module path; asked in the order of the forward pass. `None`
+/// for layers that were not observed.
+pub type Activations<'a> = dyn Fn(&str) -> Option<Arc<InputMoments>> + 'a;
