@@ -101,7 +101,8 @@ pub fn top_logprobs(model: &Llama, batch: &MicroBatch, n: usize) -> Vec<Vec<(u32
         all.par_extend(logits.par_chunks_exact(vocab).map(|logits| {
             let log_sum = log_sum(logits);
             let mut ids: Vec<u32> = (0..vocab as u32).collect();
-            let falling = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+            let falling =
+                |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
             if n < vocab {
                 ids.select_nth_unstable_by(n, falling);
                 ids.truncate(n);
@@ -136,7 +137,8 @@ fn of_logits(p: &[f32], q: &[f32], target: usize) -> Agreement {
         let log_p = f64::from(*p) - log_sum_p;
         log_p.exp() * (log_p - (f64::from(*q) - log_sum_q))
     });
-    let loss = |logits: &[f32], log_sum| Evaluation { loss_sum: log_sum - f64::from(logits[target]), tokens: 1 };
+    let loss =
+        |logits: &[f32], log_sum| Evaluation { loss_sum: log_sum - f64::from(logits[target]), tokens: 1 };
     Agreement {
         kl_sum: kl.sum(),
         same_top1: usize::from(largest(p) == largest(q)),
@@ -180,7 +182,8 @@ mod tests {
     fn retention_is_one_for_the_trained_model_and_zero_for_the_base() {
         let of = |perplexity: f64| Evaluation { loss_sum: perplexity.ln(), tokens: 1 };
         let base = of(20.0);
-        let against = |other| Agreement { reference: of(4.0), other, ..Agreement::default() }.retention(&base);
+        let against =
+            |other| Agreement { reference: of(4.0), other, ..Agreement::default() }.retention(&base);
         for (other, wanted) in [(of(4.0), 1.0), (base, 0.0), (of(12.0), 0.5)] {
             assert!((against(other).expect("training has helped") - wanted).abs() < 1e-9);
         }

@@ -37,6 +37,7 @@ use verify::Differences;
 pub use error::ExportError;
 pub use error_feedback::InputMoments;
 pub use file_type::FileType;
+pub use gguf_metadata::stored_template;
 pub use go_template::Render;
 pub use merge_route::{Activations, MergeRoute};
 pub use stored_update::StoredUpdate;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::InputMoments;
+use crate::{FileType, InputMoments};
 
 /// How a merged weight becomes one of few values. `docs/merging.md` has what each of them keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,14 @@ pub enum MergeRoute {
 }
 
 impl MergeRoute {
+    /// The route that keeps most of a fine-tune in files of this type, at a price that it is worth.
+    pub const fn best_for(file_type: FileType) -> Self {
+        match file_type {
+            FileType::F32 | FileType::F16 | FileType::BF16 | FileType::Q8_0 | FileType::Q6_K => Self::Refit,
+            _ => Self::Gptq,
+        }
+    }
+
     /// As written after `--merge`.
     pub const fn name(self) -> &'static str {
         match self {

@@ -8,14 +8,18 @@
 
 mod commands;
 mod download;
+mod engines;
 mod exit;
 mod inputs;
+mod limits;
 mod loss_plot;
 mod machine;
 mod memory_gate;
 mod model;
 mod progress;
+mod proof;
 mod samples;
+mod trained;
 
 use std::process::ExitCode;
 

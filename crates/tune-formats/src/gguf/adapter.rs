@@ -24,7 +24,10 @@ pub fn read_adapter(path: &Path, config: &ModelConfig) -> Result<Adapter, Format
     let metadata = file.metadata();
     let alpha = metadata.get("adapter.lora.alpha").and_then(super::Value::as_float);
     let (true, Some(alpha)) = (is_adapter(&file), alpha) else {
-        return Err(FormatError::damaged(path, "general.type and adapter.lora.alpha do not say that it is a LoRA"));
+        return Err(FormatError::damaged(
+            path,
+            "general.type and adapter.lora.alpha do not say that it is a LoRA",
+        ));
     };
     let architecture = metadata.string("general.architecture").unwrap_or_default();
     if architecture != names::architecture_name(config.architecture) {
@@ -105,6 +108,9 @@ mod tests {
     fn a_smaller_rank_is_filled_up_without_changing_the_update() {
         let mut lora = LoraWeights { r: 1, d_in: 2, d_out: 2, a: vec![1.0, 2.0], b: vec![3.0, 4.0] };
         fill_up(&mut lora, 2);
-        assert_eq!((lora.r, &lora.a[..], &lora.b[..]), (2, &[1.0, 2.0, 0.0, 0.0][..], &[6.0, 0.0, 8.0, 0.0][..]));
+        assert_eq!(
+            (lora.r, &lora.a[..], &lora.b[..]),
+            (2, &[1.0, 2.0, 0.0, 0.0][..], &[6.0, 0.0, 8.0, 0.0][..])
+        );
     }
 }

@@ -1,5 +1,6 @@
 //! One export: progress, and what the user should know about the result.
 
+use std::cell::RefCell;
 use std::io::IsTerminal;
 use std::path::Path;
 
@@ -7,16 +8,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use miette::Result;
 use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_export::{
-    ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention, Verification, export,
+    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, MergeRoute,
+    StoredUpdate, Verification, export,
 };
 use tune_formats::peft::Adapter;
 use tune_formats::{BaseModel, Source};
-use tune_recipe::{Quantization, RunSpec, Verify};
+use tune_recipe::{Export, Merge, Quantization, RunSpec, Verify};
 
-/// Below this much of the update, answers are closer to the base's than to the trained ones.
-const LEAST_KEPT: f64 = 0.9;
-/// Rounding errors larger than the update by this factor drown it.
-const LARGEST_ERROR: f64 = 2.0;
+use crate::proof::{Proof, prove};
+use crate::trained::Trained;
 
 /// What is exported.
 pub struct Job<'a> {
@@ -26,6 +26,12 @@ pub struct Job<'a> {
     pub adapter: &'a Adapter,
     pub tokenizer: &'a Tokenizer,
     pub spec: Option<&'a RunSpec>,
+    /// The untrained base, where training changed its weights.
+    pub untrained: Option<&'a BaseModel>,
+    /// The base that training used, where the export is merged onto another one.
+    pub trained_over: Option<&'a BaseModel>,
+    /// `[export]` of the recipe, with what the command line says.
+    pub settings: Export,
 }
 
 impl Job<'_> {
@@ -55,16 +61,33 @@ impl Job<'_> {
             (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
             _ => None,
         };
+        let trained = self.trained(target)?;
+        let route = self.route(target);
+        let activations = match (&trained, route) {
+            (Some(trained), MergeRoute::Gptq) => trained.activations(),
+            _ => None,
+        };
+        if route == MergeRoute::Gptq && activations.is_none() {
+            eprintln!(
+                "note      the training rows are not there, so {target} is merged without error feedback"
+            );
+        }
+        let moments = |module: &str| activations.as_ref()?.of(module);
+        let proof = RefCell::new(None);
+        let judge = |place: &Path| self.judge(place, target, trained.as_ref(), &proof);
         let options = ExportOptions {
             name: Some(self.name),
             chat_template: None,
             ollama_base: self.reference.strip_prefix("ollama:"),
             tokenizer_json: tokenizer_json.as_deref(),
-            verification: self.spec.map_or(Verification::Strict, |spec| match spec.export.verify {
+            route,
+            activations: Some(&moments),
+            verification: match self.settings.verify {
                 Verify::Strict => Verification::Strict,
                 Verify::Warn => Verification::Warn,
                 Verify::Off => Verification::Off,
-            }),
+            },
+            judge: Some(&judge),
             replace_folder,
             render: Some(&render),
         };
@@ -76,26 +99,64 @@ impl Job<'_> {
         for note in &report.notes {
             eprintln!("note      {note}");
         }
-        if let Some(retention) = report.retention {
-            tell_retention(target, retention);
+        if let Some(update) = report.stored_update {
+            tell_update(route, update);
+        }
+        if let Some(proof) = proof.into_inner() {
+            proof.lines().iter().for_each(|line| eprintln!("{line}"));
         }
         Ok(report)
     }
+
+    /// The trained model, where it is needed.
+    fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
+        if self.settings.verify == Verify::Off && self.route(target) != MergeRoute::Gptq {
+            return Ok(None);
+        }
+        let base = self.trained_over.unwrap_or(self.base);
+        let trained = Trained::open(base, self.adapter, self.tokenizer, self.spec, self.untrained, None)?;
+        Ok(Some(trained))
+    }
+
+    fn route(&self, target: ExportTarget) -> MergeRoute {
+        match (self.settings.merge, target) {
+            (Merge::Rtn, _) => MergeRoute::Rtn,
+            (Merge::Gptq, ExportTarget::Gguf(file_type)) if file_type.is_quantized() => MergeRoute::Gptq,
+            (Merge::Auto, ExportTarget::Gguf(file_type)) => MergeRoute::best_for(file_type),
+            (Merge::Refit | Merge::Gptq | Merge::Auto, _) => MergeRoute::Refit,
+        }
+    }
+
+    /// Reads the file again as a model and compares its answers, before it gets its name.
+    fn judge(
+        &self,
+        place: &Path,
+        target: ExportTarget,
+        trained: Option<&Trained<'_>>,
+        found: &RefCell<Option<Proof>>,
+    ) -> Result<Vec<String>, ExportError> {
+        let Some(trained) = trained else { return Ok(Vec::new()) };
+        let server = tune_hub::find_llama_server(|name| std::env::var_os(name));
+        let merged_onto = self.trained_over.map(|_| self.base);
+        let proof = match prove(place, trained, merged_onto, server.as_deref()) {
+            Ok(proof) => proof,
+            Err(error) => return Ok(vec![format!("it cannot be read as a model: {error}")]),
+        };
+        if proof.problems.is_empty() {
+            proof.require_retention(&target.to_string(), self.settings.min_retention)?;
+        }
+        Ok(found.borrow_mut().insert(proof).problems.clone())
+    }
 }
 
-fn tell_retention(target: ExportTarget, retention: Retention) {
+fn tell_update(route: MergeRoute, update: StoredUpdate) {
     eprintln!(
-        "kept      {:.1} % of the update, which is {:.2} % of the weights; rounding adds {:.0} % of it",
-        100.0 * retention.kept,
-        100.0 * retention.relative_update,
-        100.0 * retention.error,
+        "merged    by {route}: {:.1} % of the update is in the weights, which it changes by {:.2} %; rounding adds {:.0} % \
+         of it",
+        100.0 * update.kept,
+        100.0 * update.relative_update,
+        100.0 * update.error,
     );
-    if retention.kept < LEAST_KEPT || retention.error > LARGEST_ERROR {
-        eprintln!(
-            "warning   {target} is too coarse for an update of this size and may answer like the base: use gguf:q8_0, \
-             gguf:f16 or gguf-lora"
-        );
-    }
 }
 
 fn bar(target: ExportTarget) -> ProgressBar {

@@ -9,12 +9,13 @@ use std::process::ExitCode;
 use indicatif::HumanBytes;
 use miette::Result;
 use tune_data::Tokenizer;
-use tune_export::{ExportError, ExportTarget};
-use tune_formats::BaseModel;
+use tune_export::{ExportError, ExportTarget, FileType};
 use tune_formats::peft::{self, Adapter, AdapterConfig};
+use tune_formats::{BaseModel, ModelConfig};
 use tune_hub::ModelRef;
 use tune_models::Llama;
-use tune_recipe::{Method, RunSpec};
+use tune_quant::BlockType;
+use tune_recipe::{Export, Merge, Method, RunSpec, Verify};
 use tune_train::RunFolder;
 
 use crate::download;
@@ -36,29 +37,55 @@ use job::Job;
 pub struct Args {
     /// Folder of a run, or a PEFT adapter folder
     run: PathBuf,
-    /// What to write
+    /// What to write [default: gguf-lora over a base of few bits, gguf:q8_0 over others]
     #[arg(long, value_name = "FORMAT")]
-    to: String,
+    to: Option<String>,
     /// File or folder to write, or a folder to write it into [default: RUN/export]
     #[arg(long, value_name = "PATH")]
     out: Option<PathBuf>,
     /// Another copy of the base, such as one that is not quantised
     #[arg(long, value_name = "REF")]
     base: Option<String>,
+    /// How merged weights become codes of few bits [default: the recipe's, auto]
+    #[arg(long, value_enum, value_name = "ROUTE")]
+    merge: Option<Route>,
+    /// Refuse a merged file that keeps less of the fine-tune [default: the recipe's, 0.9]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    min_retention: Option<f64>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Route {
+    /// As measured best for the type
+    Auto,
+    /// The nearest codes under the scales of the base
+    Rtn,
+    /// Scales and codes anew, as llama-quantize
+    Refit,
+    /// Codes with error feedback over training activations
+    Gptq,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let target = parse_target(&args.to)?;
+    let asked = args.to.as_deref().map(parse_target).transpose()?;
     let folder = RunFolder::new(&args.run);
     let spec = if folder.recipe().is_file() { Some(tune_recipe::load(&folder.recipe(), &[])?) } else { None };
     let trains_all = spec.as_ref().is_some_and(|spec| spec.adapter.method == Method::Full);
-    if trains_all {
+    if let (true, Some(target)) = (trains_all, asked) {
         refuse_adapters(target)?;
     }
     let adapter = if trains_all { no_adapter() } else { read_adapter(&folder, spec.is_some())? };
     let reference = base_reference(args, spec.as_ref(), &adapter)?;
     let path = download::resolve(&ModelRef::parse(&reference)?, false)?.path;
     let base = if trains_all { trained_base(&folder, &path)? } else { tune_formats::open(&path)? };
+    let target = asked.unwrap_or_else(|| default_target(&base, trains_all));
+    let untrained = if trains_all { Some(tune_formats::open(&path)?) } else { None };
+    let trained_over = match &spec {
+        Some(spec) if !trains_all && spec.model.base != reference => {
+            Some(tune_formats::open(&download::resolve(&ModelRef::parse(&spec.model.base)?, false)?.path)?)
+        }
+        _ => None,
+    };
     let tokenizer = Tokenizer::from_base(&base)?;
 
     let name = spec.as_ref().map_or_else(|| name_of(&args.run), |spec| spec.run.name.clone());
@@ -75,6 +102,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         adapter: &adapter,
         tokenizer: &tokenizer,
         spec: spec.as_ref(),
+        untrained: untrained.as_ref(),
+        trained_over: trained_over.as_ref(),
+        settings: settings(args, spec.as_ref()),
     };
     let report = job.write(target, &out, replace_folder)?;
     eprintln!("wrote     {} ({})", report.path.display(), HumanBytes(report.bytes));
@@ -83,6 +113,30 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     println!("{}", report.path.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the recipe says, or the defaults, with what the command line says.
+fn settings(args: &Args, spec: Option<&RunSpec>) -> Export {
+    let mut settings = spec.map_or_else(Export::default, |spec| spec.export.clone());
+    if let Some(route) = args.merge {
+        settings.merge = match route {
+            Route::Auto => Merge::Auto,
+            Route::Rtn => Merge::Rtn,
+            Route::Refit => Merge::Refit,
+            Route::Gptq => Merge::Gptq,
+        };
+    }
+    settings.min_retention = args.min_retention.unwrap_or(settings.min_retention);
+    settings
+}
+
+/// Merging into few bits costs some of the fine-tune whatever the route, so over such a base the adapter stays apart.
+fn default_target(base: &BaseModel, trains_all: bool) -> ExportTarget {
+    let stored = base.weights.matrix(&format!("{}.weight", ModelConfig::linear_path(0, "q_proj")));
+    let few_bits = stored.is_ok_and(|matrix| {
+        BlockType::from_name(matrix.type_name()).is_some_and(|block_type| block_type.bits_per_weight() < 8.0)
+    });
+    if few_bits && !trains_all { ExportTarget::GgufLora } else { ExportTarget::Gguf(FileType::Q8_0) }
 }
 
 /// Refuses a run's targets that could not be written, before it has trained for hours.
@@ -120,6 +174,10 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -
         adapter: &no_adapter(),
         tokenizer: &inputs.tokenizer,
         spec: Some(&inputs.spec),
+        untrained: None,
+        trained_over: None,
+        // these weights are the trained model
+        settings: Export { verify: Verify::Off, ..inputs.spec.export.clone() },
     };
     job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
@@ -138,6 +196,9 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<P
         adapter: &adapter,
         tokenizer: &inputs.tokenizer,
         spec: Some(spec),
+        untrained: trained.as_ref().map(|_| &inputs.base),
+        trained_over: None,
+        settings: spec.export.clone(),
     };
     let report = job.write(target, &default_path(folder, target, &spec.run.name), true)?;
     Ok(report.path)
