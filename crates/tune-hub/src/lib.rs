@@ -7,9 +7,12 @@
 //! ./folder, ./file.gguf ─────────────────────────────────┘
 //! ```
 //!
-//! The only crate of the project that opens a socket or starts a program: the Hub (through `hf-hub`), the user's own
-//! `pip` for the wheel mirror, so that its index, proxy and certificate settings apply, and a `llama-server` on this
-//! machine, where one is installed, to compare answers with. Nothing else is contacted and nothing is reported anywhere.
+//! And back: [`OllamaServer`] hands a tuned model to a running Ollama, and [`LlamaServer`] asks a llama.cpp.
+//!
+//! The only crate of the project that opens a socket or starts a program. It speaks to the Hub (through `hf-hub`), to
+//! the Ollama server that `OLLAMA_HOST` names, and on the loopback interface to a `llama-server` that it starts itself,
+//! where one is installed. The wheel mirror is fetched by the user's own `pip`, so that its index, proxy and certificate
+//! settings apply. Nothing else is contacted and nothing is reported anywhere.
 
 mod catalogue;
 mod checksum;
@@ -19,6 +22,10 @@ mod hf_files;
 mod llama_server;
 mod model_ref;
 mod ollama;
+mod ollama_host;
+mod ollama_model;
+mod ollama_server;
+mod ollama_version;
 mod options;
 mod resolve;
 mod wheel;
@@ -28,5 +35,9 @@ pub use error::HubError;
 pub use llama_server::{LLAMA_SERVER, LlamaServer, find_llama_server};
 pub use model_ref::{HubRef, ModelRef};
 pub use ollama::{Message, OllamaName, OllamaSettings};
+pub use ollama_host::OllamaHost;
+pub use ollama_model::{Blob, Details, NewModel, ShownModel};
+pub use ollama_server::{Answer, MOST_LOGPROBS, NextToken, OllamaServer, Upload};
+pub use ollama_version::OllamaVersion;
 pub use options::{HubOptions, Options, Token};
 pub use resolve::{Progress, Resolved, resolve};
