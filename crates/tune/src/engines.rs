@@ -5,11 +5,12 @@ use std::path::Path;
 
 use miette::Result;
 use serde::Serialize;
-use tune_data::MicroBatch;
+use tune_data::{IGNORED, MicroBatch};
 use tune_eval::top_logprobs;
-use tune_hub::LlamaServer;
+use tune_hub::{LlamaServer, MOST_LOGPROBS, NextToken, OllamaServer};
 use tune_models::Llama;
 
+use crate::limits::Limits;
 use crate::trained::Trained;
 
 /// Positions that are asked for.
@@ -36,16 +37,23 @@ pub struct EngineAgreement {
 }
 
 impl EngineAgreement {
-    /// What is wrong, if anything.
-    pub fn problem(&self) -> Option<String> {
+    /// From the sums of KL and of equal top tokens over some positions.
+    fn of(engine: &str, (kl, same, positions): (f64, usize, usize)) -> Self {
+        let count = positions as f64;
+        Self { engine: engine.to_owned(), positions, mean_kl: kl / count, top1: same as f64 / count }
+    }
+
+    /// What is wrong, if anything. `limits` is what lies between the two models beside the engine.
+    pub fn problem(&self, limits: Limits) -> Option<String> {
         let Self { engine, positions, mean_kl, top1 } = self;
-        let bad = !(*mean_kl <= MAX_MEAN_KL) || *top1 < MIN_TOP1;
+        let (most, least) = (MAX_MEAN_KL + limits.max_mean_kl, MIN_TOP1.min(limits.min_top1));
+        let bad = !(*mean_kl <= most) || *top1 < least;
         bad.then(|| {
             format!(
-                "{engine} reads another model: mean KL {mean_kl:.2e} nats (at most {MAX_MEAN_KL:.0e}), top-1 {:.1} % \
-                 (at least {:.0} %) at {positions} positions",
+                "{engine} reads another model: mean KL {mean_kl:.2e} nats (at most {most:.0e}), top-1 {:.1} % (at \
+                 least {:.0} %) at {positions} positions",
                 100.0 * top1,
-                100.0 * MIN_TOP1
+                100.0 * least
             )
         })
     }
@@ -81,14 +89,7 @@ pub fn llama_cpp(
     let server = LlamaServer::start(program, file, adapter, (longest + 8).next_multiple_of(256))?;
     let mut sums = (0.0, 0, 0);
     for (ids, at) in &questions {
-        // ours, at the same positions of the same document
-        let mut batch = MicroBatch {
-            input_ids: ids.clone(),
-            targets: vec![-100; ids.len()],
-            documents: vec![0..ids.len()],
-        };
-        at.iter().for_each(|&position| batch.targets[position] = 0);
-        let ours = top_logprobs(model, &batch, TOP);
+        let ours = top_logprobs(model, &asked(ids, at), TOP);
         for (&position, ours) in at.iter().zip(&ours) {
             let theirs = server.next_tokens(&ids[..=position], LISTED)?;
             sums.0 += kl(ours, &theirs);
@@ -96,13 +97,48 @@ pub fn llama_cpp(
             sums.2 += 1;
         }
     }
-    let positions = sums.2;
-    Ok(Some(EngineAgreement {
-        engine: "llama.cpp".to_owned(),
-        positions,
-        mean_kl: sums.0 / positions as f64,
-        top1: sums.1 as f64 / positions as f64,
-    }))
+    Ok(Some(EngineAgreement::of("llama.cpp", sums)))
+}
+
+/// A document of which the positions `at` are asked.
+fn asked(ids: &[u32], at: &[usize]) -> MicroBatch {
+    let mut targets = vec![IGNORED; ids.len()];
+    at.iter().for_each(|&position| targets[position] = 0);
+    MicroBatch { input_ids: ids.to_vec(), targets, documents: vec![0..ids.len()] }
+}
+
+/// Asks a model that a running Ollama has, against the trained model itself: what lies between the two is the export and
+/// the server. Texts go in, past every template, and tokens come back as text.
+pub fn ollama(server: &OllamaServer, name: &str, trained: &Trained<'_>) -> Result<EngineAgreement> {
+    let mut sums = (0.0, 0, 0);
+    for (ids, at) in &questions(&trained.held_out.batches) {
+        let ours = top_logprobs(&trained.model, &asked(ids, at), TOP);
+        for (&position, ours) in at.iter().zip(&ours) {
+            let Some(text) = text_before(trained, &ids[..=position]) else { continue };
+            let theirs = server.next_tokens(name, &text, MOST_LOGPROBS)?;
+            // their tokens under our ids; those that show the same replacement character differ in their bytes
+            let id_of = |token: &NextToken| {
+                let bytes = if token.bytes.is_empty() { token.token.as_bytes() } else { &token.bytes };
+                let found = ours.iter().find(|(id, _)| trained.tokenizer.token_bytes(*id) == bytes);
+                found.map_or(u32::MAX, |(id, _)| *id)
+            };
+            let theirs: Vec<(u32, f64)> = theirs.iter().map(|token| (id_of(token), token.logprob)).collect();
+            sums.0 += kl(ours, &theirs);
+            sums.1 += usize::from(theirs.first().map(|top| top.0) == ours.first().map(|top| top.0));
+            sums.2 += 1;
+        }
+    }
+    Ok(EngineAgreement::of("ollama", sums))
+}
+
+/// The text of the tokens up to a position, without the one that begins every sequence, which the server adds. `None`
+/// where the text alone would be cut into other tokens.
+fn text_before(trained: &Trained<'_>, ids: &[u32]) -> Option<String> {
+    let special = trained.tokenizer.special();
+    let begins = special.add_bos && special.bos.is_some() && ids.first().copied() == special.bos;
+    let ids = &ids[usize::from(begins)..];
+    let text = trained.tokenizer.decode(ids);
+    (trained.tokenizer.encode(&text, true).ok()? == ids).then_some(text)
 }
 
 /// Documents with some of the positions whose next token is a target, spread over all rows.

@@ -25,6 +25,15 @@ impl Limits {
     /// Nothing is asked.
     pub const NONE: Self = Self { max_mean_kl: f64::INFINITY, min_top1: 0.0 };
 
+    /// Two readings of one file.
+    pub const SAME_FILE: Self = Self { max_mean_kl: 0.0, min_top1: 1.0 };
+
+    /// The limits of a file by the name of its mix, such as Q4_K_M.
+    pub fn of_mix(name: &str) -> Self {
+        let name = name.to_uppercase();
+        Self::of(name.trim_end_matches("_S").trim_end_matches("_M").trim_end_matches("_L"))
+    }
+
     /// The limits of a type, or of `adapter`.
     pub fn of(stored_as: &str) -> Self {
         let (max_mean_kl, min_top1) = match stored_as {
@@ -104,6 +113,7 @@ mod tests {
         assert_eq!(problems.len(), 2, "{problems:?}");
         assert!(problems[0].contains("2.00e-2 nats, at most 1e-2"), "{problems:?}");
         assert!(problems[1].starts_with("90.0 %"), "{problems:?}");
+        assert_eq!(Limits::of_mix("q4_k_m"), Limits::of("Q4_K"));
         let broken = Agreement { kl_sum: f64::NAN, ..agreement };
         assert!(!Limits::of("Q2_K").problems(&broken, "Q2_K").is_empty(), "logits that are no numbers");
     }

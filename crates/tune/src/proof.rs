@@ -48,6 +48,9 @@ pub struct Proof {
     pub engines: Vec<EngineAgreement>,
     /// Everything that is wrong.
     pub problems: Vec<String>,
+    /// The file holds what base and adapter say, rounded to its type.
+    #[serde(skip)]
+    pub is_sound: bool,
 }
 
 /// An artefact, opened.
@@ -84,6 +87,7 @@ pub fn prove(
     for batch in &trained.held_out.batches {
         agreement += compare(&trained.model, &model, batch);
     }
+    let is_sound = problems.is_empty();
     // Weights merged onto another base answer as that base lets them: there is no rounding to hold them to.
     let limits = if merged_onto.is_some() { Limits::NONE } else { Limits::of(&stored_as) };
     problems.extend(limits.problems(&agreement, &stored_as));
@@ -102,7 +106,7 @@ pub fn prove(
             found?.into_iter().collect()
         }
     };
-    problems.extend(engines.iter().filter_map(EngineAgreement::problem));
+    problems.extend(engines.iter().filter_map(|engine| engine.problem(Limits::SAME_FILE)));
     Ok(Proof {
         artefact: path.to_owned(),
         stored_as,
@@ -118,6 +122,7 @@ pub fn prove(
         worst_tensor,
         engines,
         problems,
+        is_sound,
     })
 }
 

@@ -133,7 +133,18 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     // error feedback on the grid of the 4-bit base keeps more than rounding to the nearest there
     let retention = |route: &str| {
         let out = bench.path(&format!("{route}.gguf"));
-        let merge = ["--to", "gguf:q4_1", "--merge", route, "--min-retention", "-9", "--out", path(&out)];
+        let merge = [
+            "--to",
+            "gguf:q4_1",
+            "--merge",
+            route,
+            "--min-retention",
+            "-9",
+            "--verify",
+            "warn",
+            "--out",
+            path(&out),
+        ];
         tune(&[&["export", path(&run)], &merge[..]].concat());
         let (code, proof) = bench.verify_ourselves(&out, &run);
         assert!(code == Some(0) || code == Some(5), "{proof}");

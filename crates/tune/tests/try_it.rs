@@ -240,7 +240,8 @@ fn exports_are_held_against_the_trained_model() {
         let output = tune(folder, &arguments).output().expect("tune runs");
         let proof: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let problems = proof["problems"].as_array().cloned().unwrap_or_default();
-        let problems: Vec<String> = problems.iter().map(|p| p.as_str().unwrap_or_default().to_owned()).collect();
+        let problems: Vec<String> =
+            problems.iter().map(|p| p.as_str().unwrap_or_default().to_owned()).collect();
         (output.status.code(), proof, problems, String::from_utf8_lossy(&output.stderr).into_owned())
     };
 
@@ -254,13 +255,17 @@ fn exports_are_held_against_the_trained_model() {
     ] {
         let told = run(folder, &["export", "run", "--to", target, "--out", out]);
         let told = String::from_utf8_lossy(&told.stderr).into_owned();
-        assert!(told.contains("rows that the run held out") && told.contains("retention"), "{target}: {told}");
+        assert!(
+            told.contains("rows that the run held out") && told.contains("retention"),
+            "{target}: {told}"
+        );
         let (code, proof, problems, _) = verify(out, &[]);
         assert_eq!((code, problems), (Some(0), vec![]), "{target}: {proof}");
         assert!(proof["mean_kl"].as_f64().expect("a number") <= most, "{target}: {proof}");
         let retention = proof["retention"].as_f64().expect("training has helped");
         assert!((retention - 1.0).abs() < 0.05, "{target}: {proof}");
-        let [base, trained] = ["perplexity_base", "perplexity_trained"].map(|key| proof[key].as_f64().expect("one"));
+        let [base, trained] =
+            ["perplexity_base", "perplexity_trained"].map(|key| proof[key].as_f64().expect("one"));
         assert!(trained < base && proof["tokens"].as_u64() > Some(20), "{target}: {proof}");
     }
 
@@ -292,12 +297,18 @@ fn exports_are_held_against_the_trained_model() {
     let (code, _, problems, _) = verify("half.gguf", &[]);
     assert!(code == Some(5) && problems[0].starts_with("mean KL"), "{problems:?}");
 
-    // What loses more than is asked for is refused, and the way out is named.
-    let (code, _, problems, told) = verify("q8.gguf", &["--min-retention", "1", "--data", "rows.jsonl"]);
-    if code != Some(0) {
-        assert_eq!((code, problems), (Some(5), vec![]));
-        assert!(told.contains("--to gguf-lora") && told.contains("--min-retention"), "{told}");
+    // What loses more than is asked for is refused, before it gets its name, and the way out is named.
+    let coarse = ["export", "run", "--to", "gguf:q2_k", "--merge", "refit", "--out", "coarse.gguf"];
+    let refused =
+        tune(folder, &[&coarse[..], &["--min-retention", "0.9999"]].concat()).output().expect("tune runs");
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(5), "{told}");
+    for word in ["gguf:q2_k loses too much", "gguf-lora", "gguf:q8_0", "--min-retention 0"] {
+        assert!(told.contains(word), "no {word:?} in {told}");
     }
+    assert!(!folder.join("coarse.gguf").exists());
+    run(folder, &[&coarse[..], &["--min-retention", "-9", "--verify", "warn"]].concat());
+    assert!(folder.join("coarse.gguf").exists());
 }
 
 #[test]

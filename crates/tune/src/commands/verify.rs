@@ -6,17 +6,17 @@ use std::process::ExitCode;
 
 use miette::{IntoDiagnostic, Result};
 use tune_data::Tokenizer;
-use tune_export::ExportError;
 use tune_formats::peft::{self, Adapter, AdapterConfig};
-use tune_hub::ModelRef;
+use tune_hub::{ModelRef, OllamaHost, OllamaServer};
 use tune_recipe::Method;
 use tune_train::RunFolder;
 
-use crate::download;
 use crate::exit::{NOT_VERIFIED, UsageError};
+use crate::limits::Limits;
 use crate::model::trained_base;
 use crate::proof::prove;
 use crate::trained::Trained;
+use crate::{download, engines};
 
 #[derive(clap::Args)]
 #[command(
@@ -26,7 +26,7 @@ use crate::trained::Trained;
                         tune verify tickets.lora.gguf --run runs/quickstart --json"
 )]
 pub struct Args {
-    /// A merged GGUF, a GGUF adapter, a PEFT folder, or a folder with merged safetensors
+    /// A merged GGUF, a GGUF adapter, a PEFT folder, a folder with merged safetensors, or ollama:NAME on a running server
     artefact: PathBuf,
     /// The run that it was exported from [default: the run folder that it lies in]
     #[arg(long, value_name = "DIR")]
@@ -46,7 +46,8 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if !args.artefact.exists() {
+    let on_ollama = args.artefact.to_str().and_then(|name| name.strip_prefix("ollama:"));
+    if on_ollama.is_none() && !args.artefact.exists() {
         let message = format!("{}: no such file or folder", args.artefact.display());
         return Err(UsageError::report(
             message,
@@ -72,6 +73,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let tokenizer = Tokenizer::from_base(&base)?;
     let trained =
         Trained::open(&base, &adapter, &tokenizer, Some(&spec), untrained.as_ref(), args.data.as_deref())?;
+    if let Some(name) = on_ollama {
+        return verify_on_ollama(name, &trained, args.json);
+    }
     let server = tune_hub::find_llama_server(|name| std::env::var_os(name));
     let proof = prove(&args.artefact, &trained, merged_onto.as_ref(), server.as_deref())?;
     if args.json {
@@ -79,18 +83,40 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     } else {
         proof.lines().iter().for_each(|line| println!("{line}"));
     }
-    let target = args.artefact.display().to_string();
-    if !proof.problems.is_empty() {
-        if !args.json {
-            proof.problems.iter().for_each(|problem| println!("differs   {problem}"));
-        }
-        return Ok(ExitCode::from(NOT_VERIFIED));
-    }
     let least = args.min_retention.unwrap_or(spec.export.min_retention);
-    match proof.require_retention(&target, least) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(error @ ExportError::LosesTooMuch { .. }) => Err(error.into()),
-        Err(error) => Err(error.into()),
+    if proof.is_sound {
+        proof.require_retention(&args.artefact.display().to_string(), least)?;
+    }
+    if proof.problems.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.json {
+        proof.problems.iter().for_each(|problem| println!("differs   {problem}"));
+    }
+    Ok(ExitCode::from(NOT_VERIFIED))
+}
+
+/// Asks a model of a running Ollama, and holds it to the limits of its type.
+fn verify_on_ollama(name: &str, trained: &Trained<'_>, json: bool) -> Result<ExitCode> {
+    let host = std::env::var("OLLAMA_HOST").ok();
+    let server = OllamaServer::connect(&OllamaHost::parse(host.as_deref()))?;
+    let Some(shown) = server.show(name)? else {
+        let message = format!("the Ollama server at {} has no model \"{name}\"", server.host());
+        return Err(UsageError::report(message, "tune export RUN --to ollama:NAME puts one there"));
+    };
+    let agreement = engines::ollama(&server, name, trained)?;
+    let limits = Limits::of_mix(&shown.details.quantization_level);
+    if json {
+        println!("{}", serde_json::to_string(&agreement).into_diagnostic()?);
+    } else {
+        println!("{agreement}");
+    }
+    match agreement.problem(limits) {
+        None => Ok(ExitCode::SUCCESS),
+        Some(problem) => {
+            eprintln!("differs   {problem}");
+            Ok(ExitCode::from(NOT_VERIFIED))
+        }
     }
 }
 

@@ -52,6 +52,19 @@ pub struct Args {
     /// Refuse a merged file that keeps less of the fine-tune [default: the recipe's, 0.9]
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     min_retention: Option<f64>,
+    /// What happens when the file does not answer as the trained model [default: the recipe's, strict]
+    #[arg(long, value_enum, value_name = "STRICTNESS")]
+    verify: Option<Strictness>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Strictness {
+    /// It is not put in place
+    Strict,
+    /// The differences are told
+    Warn,
+    /// It is not looked at
+    Off,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -124,6 +137,13 @@ fn settings(args: &Args, spec: Option<&RunSpec>) -> Export {
             Route::Rtn => Merge::Rtn,
             Route::Refit => Merge::Refit,
             Route::Gptq => Merge::Gptq,
+        };
+    }
+    if let Some(strictness) = args.verify {
+        settings.verify = match strictness {
+            Strictness::Strict => Verify::Strict,
+            Strictness::Warn => Verify::Warn,
+            Strictness::Off => Verify::Off,
         };
     }
     settings.min_retention = args.min_retention.unwrap_or(settings.min_retention);
