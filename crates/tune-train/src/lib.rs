@@ -15,7 +15,7 @@ mod steps;
 pub use adapter::parameters;
 pub use error::TrainError;
 pub use event::{Event, StepMetrics};
-pub use gradients::{GradientSum, loss_and_gradients};
+pub use gradients::{GradientSum, Pass, loss_and_gradients};
 pub use memory::peak_memory_bytes;
 pub use optim::{AdamW, AdamWConfig, Moments, clip_grad_norm};
 pub use run_folder::RunFolder;

@@ -5,6 +5,7 @@
 
 mod generate;
 mod host;
+mod make_model;
 mod peak;
 mod register_peak;
 mod text;
@@ -32,6 +33,8 @@ enum What {
     Generate(generate::Args),
     /// The most that the cores can multiply and add, with everything in registers
     Peak(peak::Args),
+    /// Write a model of a published or given shape with random weights, to measure and to test with
+    MakeModel(make_model::Args),
 }
 
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
@@ -39,6 +42,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         What::Train(args) => train::run(args),
         What::Generate(args) => generate::run(args),
         What::Peak(args) => peak::run(args),
+        What::MakeModel(args) => make_model::run(args),
     }
 }
 

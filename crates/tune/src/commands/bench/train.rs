@@ -244,7 +244,7 @@ impl Watch {
                 });
                 self.peak_rss_bytes = step.peak_memory_bytes;
             }
-            Event::Saved { .. } | Event::StoppedEarly { .. } => {}
+            Event::Progress { .. } | Event::Saved { .. } | Event::StoppedEarly { .. } => {}
         }
         self.cpu_seconds = cpu_seconds;
     }
