@@ -462,7 +462,8 @@ fn routes_keep_the_grid_of_the_base_and_are_read_back() {
                 }
             }
         }
-        assert!(changed > 0, "{route} changes codes");
+        // an update far below a step does not move the nearest code anywhere
+        assert!(changed > 0 || route == MergeRoute::Rtn, "{route} changes codes");
     }
 }
 
