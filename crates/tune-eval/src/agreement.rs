@@ -84,7 +84,9 @@ pub fn compare(reference: &Llama, other: &Llama, batch: &MicroBatch) -> Agreemen
             .zip(&targets[rows])
             .map(|((p, q), target)| of_logits(p, q, *target as usize))
             .collect();
-        of_rows.into_iter().for_each(|row| agreement += row);
+        for row in of_rows {
+            agreement += row;
+        }
     }
     agreement
 }

@@ -103,7 +103,9 @@ pub fn llama_cpp(
 /// A document of which the positions `at` are asked.
 fn asked(ids: &[u32], at: &[usize]) -> MicroBatch {
     let mut targets = vec![IGNORED; ids.len()];
-    at.iter().for_each(|&position| targets[position] = 0);
+    for &position in at {
+        targets[position] = 0;
+    }
     MicroBatch { input_ids: ids.to_vec(), targets, documents: vec![0..ids.len()] }
 }
 

@@ -52,7 +52,9 @@ pub fn read_adapter(path: &Path, config: &ModelConfig) -> Result<Adapter, Format
         return Err(FormatError::damaged(path, "the adapter has no layers"));
     }
     let r = layers.values().map(|lora| lora.r).max().unwrap_or(1);
-    layers.values_mut().for_each(|lora| fill_up(lora, r));
+    for lora in layers.values_mut() {
+        fill_up(lora, r);
+    }
     let targets: BTreeSet<&str> = layers.keys().filter_map(|module| module.rsplit('.').next()).collect();
     let target_modules = targets.into_iter().map(str::to_owned).collect();
     let config = AdapterConfig { r, lora_alpha: alpha, target_modules, ..AdapterConfig::default() };
