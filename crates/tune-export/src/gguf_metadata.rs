@@ -62,7 +62,7 @@ pub fn tokenizer_keys(base: &BaseModel) -> Result<Metadata, ExportError> {
     };
     keys.retain(|key| key.starts_with("tokenizer."));
     if let Some(template) = &base.chat_template {
-        keys.set("tokenizer.chat_template", strip_generation_tags(template).into());
+        keys.set("tokenizer.chat_template", stored_template(template).into());
     }
     Ok(keys)
 }
