@@ -16,6 +16,7 @@ mod go_template;
 mod merge;
 mod merge_route;
 mod ollama_modelfile;
+mod ollama_prompt;
 mod pre_tokenizer;
 mod random_model;
 mod safetensors_model;
@@ -29,6 +30,7 @@ mod weight_check;
 
 use std::path::{Path, PathBuf};
 
+use tune_formats::modelfile::Modelfile;
 use tune_formats::peft::{self, Adapter};
 use tune_formats::{BaseModel, Source};
 
@@ -39,8 +41,9 @@ pub use error::ExportError;
 pub use error_feedback::InputMoments;
 pub use file_type::FileType;
 pub use gguf_metadata::{stored_template, tokenizer_keys};
-pub use go_template::Render;
+pub use go_template::{Render, is_same_prompt};
 pub use merge_route::{Activations, MergeRoute};
+pub use ollama_prompt::ollama_prompt;
 pub use random_model::{BYTE_TOKENS, RandomModel, byte_tokenizer, write_random_model};
 pub use stored_update::StoredUpdate;
 pub use target::ExportTarget;
@@ -68,8 +71,8 @@ pub struct ExportOptions<'a> {
     pub name: Option<&'a str>,
     /// Jinja source of the chat template used in training, where it is not the base's.
     pub chat_template: Option<&'a str>,
-    /// How Ollama calls the base, for `FROM` beside a GGUF adapter; the path of the base where there is none.
-    pub ollama_base: Option<&'a str>,
+    /// The base in Ollama, for `FROM` beside a GGUF adapter; the path of the base where there is none.
+    pub ollama_base: Option<OllamaBase<'a>>,
     /// `tokenizer.json` of a GGUF base, rebuilt from its metadata, for the safetensors target.
     pub tokenizer_json: Option<&'a str>,
     /// How merged weights become codes, for GGUF types of few bits.
@@ -93,6 +96,19 @@ pub struct ExportOptions<'a> {
 /// # Errors
 /// Whatever keeps it from its place under any setting of `verification`.
 pub type Judge<'a> = dyn Fn(&Path) -> Result<Vec<String>, ExportError> + 'a;
+
+/// A base that Ollama has, and what a model on top of it inherits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OllamaBase<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its Go template.
+    pub template: Option<&'a str>,
+    /// Its system prompt.
+    pub system: Option<&'a str>,
+    /// Its `stop` parameters.
+    pub stop: &'a [String],
+}
 
 /// What happens when the written file does not read back as meant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,6 +161,8 @@ pub struct ExportReport {
     pub stored_update: Option<StoredUpdate>,
     /// The Modelfile beside a GGUF file.
     pub modelfile: Option<PathBuf>,
+    /// What it says, with what its grammar cannot say.
+    pub ollama: Option<Modelfile>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
@@ -167,9 +185,13 @@ pub fn export(
         ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
         ExportTarget::Peft => write_peft(request, &mut notes, progress)?,
     };
-    let modelfile = match request.target {
-        ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::write(request, &mut notes)?),
+    let ollama = match request.target {
+        ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::of(request, &mut notes)?),
         ExportTarget::Safetensors | ExportTarget::Peft => None,
+    };
+    let modelfile = match &ollama {
+        Some(modelfile) => Some(ollama_modelfile::write(request, modelfile, &mut notes)?),
+        None => None,
     };
     Ok(ExportReport {
         path: request.out.to_owned(),
@@ -177,8 +199,17 @@ pub fn export(
         tensors: written.tensors,
         stored_update: written.stored_update,
         modelfile,
+        ollama,
         notes,
     })
+}
+
+/// The text of the token that engines put before every prompt by themselves.
+///
+/// # Errors
+/// A tokenizer that cannot be read.
+pub fn bos_text(base: &BaseModel) -> Result<Option<String>, ExportError> {
+    Ok(special_text::text(&base.tokenizer, base.special.bos)?)
 }
 
 /// What the writer of a target reports.

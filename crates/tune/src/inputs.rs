@@ -49,6 +49,11 @@ impl Inputs {
     pub fn dataset(&self) -> miette::Result<Dataset> {
         dataset(&self.spec, &self.base, &self.tokenizer, self.template.as_ref())
     }
+
+    /// The files that the recipe names.
+    pub fn sources(&self) -> Vec<DataSource> {
+        sources(&self.spec)
+    }
 }
 
 /// The rows of `spec`, tokenised for `base`.
@@ -58,15 +63,7 @@ pub fn dataset(
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
 ) -> miette::Result<Dataset> {
-    let sources: Vec<DataSource> = spec
-        .data
-        .iter()
-        .map(|data| DataSource {
-            path: data.path.clone(),
-            format: format(data.format),
-            train_on: train_on(data.train_on),
-        })
-        .collect();
+    let sources = sources(spec);
     let options = LoadOptions {
         sequence_len: spec.data_options.sequence_len,
         overlong: overlong(spec.data_options.overlong),
@@ -78,6 +75,15 @@ pub fn dataset(
     };
     check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), base)?;
     Ok(dataset)
+}
+
+fn sources(spec: &RunSpec) -> Vec<DataSource> {
+    let source = |data: &tune_recipe::Data| DataSource {
+        path: data.path.clone(),
+        format: format(data.format),
+        train_on: train_on(data.train_on),
+    };
+    spec.data.iter().map(source).collect()
 }
 
 /// What "auto" values of a recipe depend on.

@@ -9,10 +9,11 @@ use miette::Result;
 use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_export::{
     ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, MergeRoute,
-    StoredUpdate, Verification, export,
+    OllamaBase, StoredUpdate, Verification, export,
 };
 use tune_formats::peft::Adapter;
 use tune_formats::{BaseModel, Source};
+use tune_hub::OllamaSettings;
 use tune_recipe::{Export, Merge, Quantization, RunSpec, Verify};
 
 use crate::proof::{Proof, prove};
@@ -22,6 +23,8 @@ use crate::trained::Trained;
 pub struct Job<'a> {
     pub name: &'a str,
     pub reference: &'a str,
+    /// What the base sets in Ollama, where it is from there.
+    pub ollama: Option<&'a OllamaSettings>,
     pub base: &'a BaseModel,
     pub adapter: &'a Adapter,
     pub tokenizer: &'a Tokenizer,
@@ -75,10 +78,17 @@ impl Job<'_> {
         let moments = |module: &str| activations.as_ref()?.of(module);
         let proof = RefCell::new(None);
         let judge = |place: &Path| self.judge(place, target, trained.as_ref(), &proof);
+        let settings = self.ollama.cloned().unwrap_or_default();
+        let stop: Vec<String> = settings.stop().into_iter().map(str::to_owned).collect();
         let options = ExportOptions {
             name: Some(self.name),
             chat_template: None,
-            ollama_base: self.reference.strip_prefix("ollama:"),
+            ollama_base: self.reference.strip_prefix("ollama:").map(|name| OllamaBase {
+                name,
+                template: settings.template.as_deref(),
+                system: settings.system.as_deref(),
+                stop: &stop,
+            }),
             tokenizer_json: tokenizer_json.as_deref(),
             route,
             activations: Some(&moments),
