@@ -128,6 +128,18 @@ pub enum ExportError {
         help: String,
     },
 
+    /// The file is as meant, and has lost too much of what the model has learned.
+    #[error("{target} loses too much of the fine-tune: {what}")]
+    LosesTooMuch {
+        /// The target.
+        target: String,
+        /// How much.
+        what: String,
+        /// The targets that lose less, and the way to insist.
+        #[help]
+        help: String,
+    },
+
     /// What was read back is not what was meant.
     #[error("the export failed verification and was not put in place: {}\n  {}", path.display(), listed(problems))]
     #[diagnostic(help("repeat the export; if it fails again, check the disk, and report this as a bug"))]
@@ -140,9 +152,9 @@ pub enum ExportError {
 }
 
 impl ExportError {
-    /// What was read back is not what was meant.
+    /// The file does not hold what was trained.
     pub fn is_verification(&self) -> bool {
-        matches!(self, Self::Verification { .. })
+        matches!(self, Self::Verification { .. } | Self::LosesTooMuch { .. })
     }
 
     /// The reason why `path` could not be written.

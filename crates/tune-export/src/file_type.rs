@@ -140,6 +140,11 @@ impl FileType {
         }
     }
 
+    /// Whether most matrices have fewer than 16 bits.
+    pub const fn is_quantized(self) -> bool {
+        self.usual().is_quantized()
+    }
+
     /// The type of the tensor with this GGUF name and shape (row-major).
     pub(crate) fn of_tensor(self, name: &str, shape: &[usize], model: ModelShape) -> BlockType {
         let &[_, cols] = shape else { return BlockType::F32 };

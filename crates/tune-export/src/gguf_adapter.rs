@@ -42,13 +42,13 @@ pub(crate) fn write(
         progress(ExportEvent::Wrote { done: 2 * done, tensors: count });
     }
     writer.finish()?;
-    Differences::find(request, notes, |differences| {
+    Differences::find(request, staged.path(), notes, |differences| {
         verify(staged.path(), &metadata, &pairs, differences)?;
         progress(ExportEvent::Verified { done: count, tensors: count });
         Ok(())
     })?;
     staged.publish()?;
-    Ok(Written { tensors: count, retention: None })
+    Ok(Written { tensors: count, stored_update: None })
 }
 
 /// One adapted layer.

@@ -27,7 +27,7 @@ pub(crate) fn of_model(request: &ExportRequest<'_>, file_type: FileType) -> Resu
     set_name(&mut metadata, base, options);
     set_provenance(&mut metadata, &request.adapter.config.provenance);
     if let Some(template) = options.chat_template.or(base.chat_template.as_deref()) {
-        metadata.set("tokenizer.chat_template", strip_generation_tags(template).into());
+        metadata.set("tokenizer.chat_template", stored_template(template).into());
     }
     metadata.set("general.quantization_version", QUANTIZATION_VERSION.into());
     metadata.set("general.file_type", file_type.number().into());
@@ -64,7 +64,7 @@ pub fn tokenizer_keys(base: &BaseModel) -> Result<Metadata, ExportError> {
     };
     keys.retain(|key| key.starts_with("tokenizer."));
     if let Some(template) = &base.chat_template {
-        keys.set("tokenizer.chat_template", strip_generation_tags(template).into());
+        keys.set("tokenizer.chat_template", stored_template(template).into());
     }
     Ok(keys)
 }
@@ -100,8 +100,8 @@ fn set_name(metadata: &mut Metadata, base: &BaseModel, options: &ExportOptions<'
     }
 }
 
-/// Other engines do not know the tags that mark what is trained.
-fn strip_generation_tags(template: &str) -> String {
+/// A chat template as exports hold it: other engines do not know the tags that mark what is trained.
+pub fn stored_template(template: &str) -> String {
     let mut text = template.to_owned();
     for tag in ["generation", "endgeneration"] {
         for (open, close) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
@@ -127,6 +127,6 @@ mod tests {
     #[test]
     fn generation_tags_disappear_and_nothing_else() {
         let template = "{% if a %}{%- generation %}{{ x }}{% endgeneration -%}{% endif %}{{ 'generation' }}";
-        assert_eq!(strip_generation_tags(template), "{% if a %}{{ x }}{% endif %}{{ 'generation' }}");
+        assert_eq!(stored_template(template), "{% if a %}{{ x }}{% endif %}{{ 'generation' }}");
     }
 }

@@ -5,25 +5,29 @@
 //! checked first, everything is written beside its target, read back, compared with what was meant, and only then
 //! renamed.
 
+mod cholesky;
 mod error;
+mod error_feedback;
 mod file_type;
 mod gguf_adapter;
 mod gguf_metadata;
 mod gguf_model;
 mod go_template;
 mod merge;
+mod merge_route;
 mod ollama_modelfile;
 mod ollama_prompt;
 mod pre_tokenizer;
 mod random_model;
-mod retention;
 mod safetensors_model;
 mod size;
 mod special_text;
 mod staging;
+mod stored_update;
 mod target;
 mod tokenizer_metadata;
 mod verify;
+mod weight_check;
 
 use std::path::{Path, PathBuf};
 
@@ -35,14 +39,17 @@ use staging::Staged;
 use verify::Differences;
 
 pub use error::ExportError;
+pub use error_feedback::InputMoments;
 pub use file_type::FileType;
-pub use gguf_metadata::tokenizer_keys;
+pub use gguf_metadata::{stored_template, tokenizer_keys};
 pub use go_template::{Render, is_same_prompt};
+pub use merge_route::{Activations, MergeRoute};
 pub use ollama_prompt::ollama_prompt;
 pub use random_model::{BYTE_TOKENS, RandomModel, byte_tokenizer, write_random_model};
-pub use retention::Retention;
 pub use size::Dimensions;
+pub use stored_update::StoredUpdate;
 pub use target::ExportTarget;
+pub use weight_check::{WeightCheck, check_weights};
 
 /// What to export, and where to.
 #[derive(Clone, Copy)]
@@ -74,14 +81,27 @@ pub struct ExportOptions<'a> {
     pub max_shard_bytes: Option<u64>,
     /// Files that go along in a folder, by name: model card, loss curve.
     pub companions: &'a [(&'a str, String)],
+    /// How merged weights become codes, for GGUF types of few bits.
+    pub route: MergeRoute,
+    /// What [`MergeRoute::Gptq`] needs to know.
+    pub activations: Option<&'a Activations<'a>>,
     /// What happens when the written file does not read back as meant.
     pub verification: Verification,
+    /// Judges the finished file, before it gets its name: every reason not to put it in place. Asked after the
+    /// byte comparison, and only where there is one.
+    pub judge: Option<&'a Judge<'a>>,
     /// A folder at the target is an earlier export and may be replaced. Files always are.
     pub replace_folder: bool,
     /// Renders a conversation with the chat template used in training. Needed for the Modelfile's `TEMPLATE`, which
     /// is left out without it.
     pub render: Option<&'a Render<'a>>,
 }
+
+/// Every reason not to put a finished file in place.
+///
+/// # Errors
+/// Whatever keeps it from its place under any setting of `verification`.
+pub type Judge<'a> = dyn Fn(&Path) -> Result<Vec<String>, ExportError> + 'a;
 
 /// A base that Ollama has, and what a model on top of it inherits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -143,8 +163,8 @@ pub struct ExportReport {
     pub bytes: u64,
     /// Tensors in it.
     pub tensors: usize,
-    /// How much of the adapter's effect the merged weights hold; `None` for adapters.
-    pub retention: Option<Retention>,
+    /// How much of the adapter's update the merged weights hold; `None` for adapters.
+    pub stored_update: Option<StoredUpdate>,
     /// The Modelfile beside a GGUF file.
     pub modelfile: Option<PathBuf>,
     /// What it says, with what its grammar cannot say.
@@ -184,7 +204,7 @@ pub fn export(
         path: request.out.to_owned(),
         bytes: staging::size_of(request.out)?,
         tensors: written.tensors,
-        retention: written.retention,
+        stored_update: written.stored_update,
         modelfile,
         ollama,
         notes,
@@ -202,7 +222,7 @@ pub fn bos_text(base: &BaseModel) -> Result<Option<String>, ExportError> {
 /// What the writer of a target reports.
 struct Written {
     tensors: usize,
-    retention: Option<Retention>,
+    stored_update: Option<StoredUpdate>,
 }
 
 fn write_peft(
@@ -220,7 +240,7 @@ fn write_peft(
     peft::write(staged.path(), adapter)?;
     write_companions(request, staged.path())?;
     progress(ExportEvent::Wrote { done: tensors, tensors });
-    Differences::find(request, notes, |differences| {
+    Differences::find(request, staged.path(), notes, |differences| {
         let found = peft::read(staged.path())?;
         if found.layers.keys().ne(adapter.layers.keys()) {
             differences.push("the list of layers is another one");
@@ -235,7 +255,7 @@ fn write_peft(
         Ok(())
     })?;
     staged.publish()?;
-    Ok(Written { tensors, retention: None })
+    Ok(Written { tensors, stored_update: None })
 }
 
 fn write_companions(request: &ExportRequest<'_>, folder: &Path) -> Result<(), ExportError> {

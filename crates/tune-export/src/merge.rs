@@ -5,17 +5,19 @@
 //! ```
 //!
 //! W `[d_out, d_in]` as stored and decoded to `f32`, A `[r, d_in]`, B `[d_out, r]`; the sum is formed in `f32` and
-//! rounded once, when it is encoded. W + ΔW exists for a few rows only.
+//! rounded once, when it is encoded: to the nearest values or with error feedback, on a grid of its own or on the
+//! base's. W + ΔW exists for a few rows only.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 use tune_formats::peft::{Adapter, LoraWeights};
 use tune_formats::{BaseModel, FormatError, TensorProblem};
-use tune_quant::{BlockType, RowOrder, StoredMatrix};
+use tune_quant::{BlockType, Grid, RowOrder, StoredMatrix};
 
 use crate::ExportError;
-use crate::retention::Effect;
+use crate::error_feedback::ErrorFeedback;
+use crate::stored_update::Effect;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -46,6 +48,17 @@ pub(crate) fn tensors<'a>(
 pub(crate) struct MergedTensor<'a> {
     pub(crate) name: String,
     pub(crate) values: Values<'a>,
+}
+
+/// How merged values become codes.
+#[derive(Clone, Copy)]
+pub(crate) enum Rounding<'a> {
+    /// As the encoder of the type does it, scales included: what `llama-quantize` would write.
+    Refit,
+    /// To the nearest values of the base's grid, where the type stays.
+    BaseGrid,
+    /// With error feedback: on the base's grid where the type stays, else on the encoder's.
+    Feedback(&'a ErrorFeedback),
 }
 
 /// The values of a tensor.
@@ -88,6 +101,7 @@ impl<'a> MergedTensor<'a> {
     pub(crate) fn encode(
         &self,
         block_type: BlockType,
+        rounding: Rounding<'_>,
         order: RowOrder,
         mut write: impl FnMut(&[u8]) -> Result<(), ExportError>,
     ) -> Result<Effect, ExportError> {
@@ -109,7 +123,8 @@ impl<'a> MergedTensor<'a> {
                 let hf_rows = rows_as_stored(order, matrix.rows());
                 let mut effect = Effect::default();
                 for chunk in matrix.chunks() {
-                    let (bytes, of_chunk) = self.encode_rows(matrix, block_type, &hf_rows[chunk])?;
+                    let (bytes, of_chunk) =
+                        self.encode_rows(matrix, block_type, rounding, &hf_rows[chunk])?;
                     effect += of_chunk;
                     write(&bytes)?;
                 }
@@ -124,6 +139,7 @@ impl<'a> MergedTensor<'a> {
         &self,
         matrix: &MergedMatrix<'_>,
         block_type: BlockType,
+        rounding: Rounding<'_>,
         hf_rows: &[usize],
     ) -> Result<(Vec<u8>, Effect), ExportError> {
         let row_bytes = block_type.row_bytes(matrix.cols()).ok_or_else(|| {
@@ -137,7 +153,7 @@ impl<'a> MergedTensor<'a> {
             .par_chunks_mut((rows * row_bytes).max(1))
             .zip(hf_rows.par_chunks(rows))
             .map_init(Scratch::default, |scratch, (out, rows)| {
-                self.encode_batch(matrix, block_type, rows, scratch, out)
+                self.encode_batch(matrix, block_type, rounding, rows, scratch, out)
             })
             .try_reduce(Effect::default, |a, b| Ok(a + b))?;
         Ok((bytes, effect))
@@ -148,6 +164,7 @@ impl<'a> MergedTensor<'a> {
         &self,
         matrix: &MergedMatrix<'_>,
         block_type: BlockType,
+        rounding: Rounding<'_>,
         rows: &[usize],
         scratch: &mut Scratch,
         out: &mut [u8],
@@ -169,7 +186,23 @@ impl<'a> MergedTensor<'a> {
             matrix.add_update(row, merged);
         }
         encoded.clear();
-        block_type.encode(merged, encoded);
+        match rounding {
+            Rounding::Refit => block_type.encode(merged, encoded),
+            Rounding::BaseGrid => {
+                on_grids(&matrix.grids(block_type, rows, merged), merged, block_type, encoded)
+            }
+            Rounding::Feedback(feedback) => {
+                let grids = matrix.grids(block_type, rows, merged);
+                match grids.is_empty() {
+                    true => block_type.encode(merged, encoded),
+                    false => {
+                        let codes = feedback.codes(&grids, merged);
+                        let rows = grids.iter().zip(codes.chunks_exact(cols));
+                        encoded.extend(rows.flat_map(|(grid, codes)| grid.with_codes(codes)));
+                    }
+                }
+            }
+        }
         out.copy_from_slice(encoded);
         decoded.resize(merged.len(), 0.0);
         block_type.decode(out, decoded);
@@ -217,6 +250,25 @@ impl MergedMatrix<'_> {
         self.base.row_blocks(0).map(|(block_type, _)| block_type)
     }
 
+    /// The grids of some rows: the base's where the type stays, else those that the encoder of the type gives the
+    /// merged values. None for floats.
+    fn grids(&self, block_type: BlockType, rows: &[usize], merged: &[f32]) -> Vec<Grid> {
+        let of_row = |(&row, merged): (&usize, &[f32])| match self.base.row_blocks(row) {
+            Some((stored_type, bytes)) if stored_type == block_type => Grid::of(block_type, bytes),
+            _ => {
+                let mut bytes = Vec::new();
+                block_type.encode(merged, &mut bytes);
+                Grid::of(block_type, &bytes)
+            }
+        };
+        rows.iter().zip(merged.chunks_exact(self.cols().max(1))).filter_map(of_row).collect()
+    }
+
+    /// Whether the adapter changes it.
+    pub(crate) fn is_changed(&self) -> bool {
+        self.update.is_some()
+    }
+
     /// Ranges of rows of a size that fits in memory many times over.
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (rows, step) = (self.rows(), (CHUNK_VALUES / self.cols().max(1)).max(1));
@@ -229,6 +281,12 @@ impl MergedMatrix<'_> {
         (self.update.is_none() && stored_type == block_type).then_some(bytes)
     }
 
+    /// Row `row` of W'.
+    pub(crate) fn merged_row(&self, row: usize, values: &mut [f32]) {
+        self.base.decode_row(row, values);
+        self.add_update(row, values);
+    }
+
     fn add_update(&self, row: usize, values: &mut [f32]) {
         let Some((scale, lora)) = self.update else { return };
         let weights = &lora.b[row * lora.r..(row + 1) * lora.r];
@@ -238,6 +296,17 @@ impl MergedMatrix<'_> {
                 *value += weight * a;
             }
         }
+    }
+}
+
+/// Each value on the nearest one of its grid.
+fn on_grids(grids: &[Grid], merged: &[f32], block_type: BlockType, encoded: &mut Vec<u8>) {
+    if grids.is_empty() {
+        return block_type.encode(merged, encoded);
+    }
+    for (grid, row) in grids.iter().zip(merged.chunks_exact(merged.len() / grids.len())) {
+        let codes: Vec<u8> = row.iter().enumerate().map(|(j, value)| grid.nearest(j, *value).0).collect();
+        encoded.extend(grid.with_codes(&codes));
     }
 }
 
@@ -272,20 +341,34 @@ pub(crate) fn check(base: &BaseModel, adapter: &Adapter) -> Result<(), FormatErr
 }
 
 /// Where a tensor comes in the forward pass; `None` for tensors that no engine reads, such as stored rotary tables.
-fn place(name: &str) -> Option<(u8, usize)> {
+fn place(name: &str) -> Option<(u8, usize, usize)> {
     match name {
-        EMBEDDING => Some((0, 0)),
-        "model.norm.weight" => Some((2, 0)),
-        HEAD => Some((3, 0)),
+        EMBEDDING => Some((0, 0, 0)),
+        "model.norm.weight" => Some((2, 0, 0)),
+        HEAD => Some((3, 0, 0)),
         _ => {
             let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
             let known = part.starts_with("self_attn.")
                 || part.starts_with("mlp.")
                 || part.ends_with("layernorm.weight");
-            (known && !part.contains("rotary_emb")).then_some((1, layer.parse().ok()?))
+            let within = BLOCK.iter().position(|known| part.contains(known)).unwrap_or(BLOCK.len());
+            (known && !part.contains("rotary_emb")).then_some((1, layer.parse().ok()?, within))
         }
     }
 }
+
+/// The order within a block: layers with the same input come one after the other.
+const BLOCK: [&str; 9] = [
+    "input_layernorm",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "post_attention_layernorm",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 
 /// Buffers of one thread.
 #[derive(Default)]
@@ -311,11 +394,13 @@ mod tests {
             format!("{}.weight", ModelConfig::linear_path(2, "up_proj")),
             "model.layers.2.input_layernorm.weight".to_owned(),
             EMBEDDING.to_owned(),
+            format!("{}.weight", ModelConfig::linear_path(2, "k_proj")),
         ];
         names.sort_by_key(|name| (place(name), name.clone()));
         assert_eq!(names[0], EMBEDDING);
-        assert_eq!(names[3], "model.layers.10.self_attn.q_proj.weight");
-        assert_eq!(names[5], HEAD);
+        assert_eq!(names[2], "model.layers.2.self_attn.k_proj.weight");
+        assert_eq!(names[4], "model.layers.10.self_attn.q_proj.weight");
+        assert_eq!(names[6], HEAD);
         assert_eq!(place("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
     }
 

@@ -8,9 +8,9 @@ use tune_formats::safetensors::{SafetensorsFiles, ShardedWriter, TensorEntry, Te
 use tune_formats::{BaseModel, FormatError, ModelConfig, RopeScaling, Source};
 use tune_quant::{BlockType, RowOrder};
 
-use crate::merge::{self, MergedTensor, Values};
-use crate::retention::Effect;
+use crate::merge::{self, MergedTensor, Rounding, Values};
 use crate::staging::{Staged, write_bytes};
+use crate::stored_update::Effect;
 use crate::verify::Differences;
 use crate::{ExportError, ExportEvent, ExportRequest, Written, special_text, write_companions};
 
@@ -49,19 +49,20 @@ pub(crate) fn write(
         ShardedWriter::create(staged.path(), &specs, usize::try_from(max_shard).unwrap_or(usize::MAX))?;
     let mut effect = Effect::default();
     for (done, (tensor, spec)) in (1..).zip(tensors.iter().zip(&specs)) {
-        effect += tensor
-            .encode(spec.block_type, RowOrder::Natural, |bytes| Ok(writer.write(&spec.name, bytes)?))?;
+        effect += tensor.encode(spec.block_type, Rounding::Refit, RowOrder::Natural, |bytes| {
+            Ok(writer.write(&spec.name, bytes)?)
+        })?;
         progress(ExportEvent::Wrote { done, tensors: specs.len() });
     }
     writer.finish()?;
     write_bytes(&staged.path().join("config.json"), format!("{config:#}\n").as_bytes())?;
     write_tokenizer(request, staged.path(), notes)?;
     write_companions(request, staged.path())?;
-    Differences::find(request, notes, |differences| {
+    Differences::find(request, staged.path(), notes, |differences| {
         verify(staged.path(), &tensors, &specs, differences, progress)
     })?;
     staged.publish()?;
-    Ok(Written { tensors: specs.len(), retention: effect.retention() })
+    Ok(Written { tensors: specs.len(), stored_update: effect.stored_update() })
 }
 
 /// Every tensor with its type. Beside matrices of 32 bits, as training in full leaves them, vectors have 32 bits too.
@@ -284,7 +285,7 @@ fn verify(
     for (done, (tensor, spec)) in (1..).zip(tensors.iter().zip(specs)) {
         let (block_type, found) = files.data(&spec.name)?;
         let mut at = 0;
-        tensor.encode(spec.block_type, RowOrder::Natural, |bytes| {
+        tensor.encode(spec.block_type, Rounding::Refit, RowOrder::Natural, |bytes| {
             let found = found.get(at..at + bytes.len()).map(|found| (block_type, found));
             let row = at / (spec.byte_len().unwrap_or(1) / spec.shape[0].max(1)).max(1);
             differences.row(&spec.name, row, found, (spec.block_type, bytes));

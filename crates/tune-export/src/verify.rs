@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tune_formats::gguf::Metadata;
 use tune_quant::BlockType;
 
+use crate::gguf_model::row_digest;
 use crate::{ExportError, ExportRequest, Verification};
 
 /// Differences found so far; one a tensor, for a wrong tensor is mostly wrong in all its rows.
@@ -16,9 +17,11 @@ pub(crate) struct Differences {
 }
 
 impl Differences {
-    /// Lets `compare` look for differences, and does with them what the request asks for.
+    /// Lets `compare` look for differences, then the request's judge at the file in its `place`, and does with what
+    /// they find what the request asks for.
     pub(crate) fn find(
         request: &ExportRequest<'_>,
+        place: &Path,
         notes: &mut Vec<String>,
         compare: impl FnOnce(&mut Self) -> Result<(), ExportError>,
     ) -> Result<(), ExportError> {
@@ -28,6 +31,9 @@ impl Differences {
         }
         let mut differences = Self::new(request.out);
         compare(&mut differences)?;
+        if let Some(judge) = request.options.judge.filter(|_| differences.problems.is_empty()) {
+            differences.problems = judge(place)?;
+        }
         match differences.finish() {
             Err(error) if verification == Verification::Warn => notes.push(error.to_string()),
             result => return result,
@@ -80,6 +86,27 @@ impl Differences {
                 self.tensor(tensor, format!("type {}, expected {}", block_type.name(), wanted.0.name()));
             }
             Some(_) => self.tensor(tensor, format!("row {row} holds other values")),
+            None => self.tensor(tensor, format!("row {row} is missing")),
+        }
+    }
+
+    /// Compares a row of blocks of which only a digest is left.
+    pub(crate) fn row_digest(
+        &mut self,
+        tensor: &str,
+        row: usize,
+        found: Option<(BlockType, &[u8])>,
+        (wanted_type, wanted): (BlockType, u64),
+    ) {
+        match found {
+            Some((found_type, bytes)) if found_type == wanted_type => {
+                if row_digest(bytes) != wanted {
+                    self.tensor(tensor, format!("row {row} holds other values"));
+                }
+            }
+            Some((found_type, _)) => {
+                self.tensor(tensor, format!("type {}, expected {}", found_type.name(), wanted_type.name()));
+            }
             None => self.tensor(tensor, format!("row {row} is missing")),
         }
     }

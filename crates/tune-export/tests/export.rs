@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use tune_export::{
-    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, FileType, OllamaBase,
-    export,
+    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, FileType, MergeRoute,
+    OllamaBase, export,
 };
 use tune_formats::gguf::{GgufFile, Value};
 use tune_formats::peft::{self, Adapter};
@@ -26,7 +26,7 @@ fn merged_gguf_holds_base_plus_update() {
         let adapter = adapter(&base.config);
         let out = dir.path().join("m.gguf");
         let report = run(&base, &adapter, ExportTarget::Gguf(FileType::F32), &out).expect(model);
-        let retention = report.retention.expect("a merge");
+        let retention = report.stored_update.expect("a merge");
         assert!((retention.kept - 1.0).abs() < 1e-3 && retention.error < 1e-3, "{model}: {retention:?}");
 
         let merged = tune_formats::open(&out).expect(model);
@@ -421,4 +421,93 @@ fn assert_close(context: &str, got: &[f32], want: &[f32], tolerance: f32) {
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         assert!((got - want).abs() <= tolerance, "{context} value {i}: {got}, want {want}");
     }
+}
+
+/// Moments of inputs that lean on each other, for every layer that is asked for.
+fn moments(base: &BaseModel) -> impl Fn(&str) -> Option<std::sync::Arc<tune_export::InputMoments>> + '_ {
+    |module: &str| {
+        let d_in = base.weights.shape(&format!("{module}.weight"))?[1];
+        let sums =
+            (0..d_in * d_in).map(|i| 100.0 * 0.9_f32.powi((i / d_in).abs_diff(i % d_in) as i32)).collect();
+        Some(std::sync::Arc::new(tune_export::InputMoments { d_in, sums }))
+    }
+}
+
+#[test]
+fn routes_keep_the_grid_of_the_base_and_are_read_back() {
+    let dir = tempdir();
+    let hf = base("llama-tied");
+    let adapter = adapter(&hf.config);
+    let empty = Adapter { layers: BTreeMap::new(), ..adapter.clone() };
+    let first = dir.path().join("base.gguf");
+    run(&hf, &empty, ExportTarget::Gguf(FileType::Q4_1), &first).expect("exported");
+    let base = tune_formats::open(&first).expect("opened");
+    let moments = moments(&base);
+    for route in [MergeRoute::Rtn, MergeRoute::Gptq] {
+        let out = dir.path().join(format!("{route}.gguf"));
+        let target = ExportTarget::Gguf(FileType::Q4_1);
+        let options = ExportOptions { route, activations: Some(&moments), ..ExportOptions::default() };
+        export(&ExportRequest { base: &base, adapter: &adapter, target, out: &out, options }, &mut |_| ())
+            .expect("exported and read back");
+        let merged = tune_formats::open(&out).expect("opened");
+        let mut changed = 0;
+        for module in adapter.layers.keys() {
+            let name = format!("{module}.weight");
+            let [old, new] = [&base, &merged].map(|model| model.weights.matrix(&name).expect("a matrix"));
+            for row in 0..old.rows() {
+                let ((block_type, old), (new_type, new)) =
+                    (old.row_blocks(row).unwrap(), new.row_blocks(row).unwrap());
+                assert_eq!(block_type, new_type, "{route} {name}");
+                changed += usize::from(old != new);
+                if block_type == tune_quant::BlockType::Q4_1 {
+                    for (old, new) in old.chunks_exact(20).zip(new.chunks_exact(20)) {
+                        assert_eq!(old[..4], new[..4], "{route} {name}: scale and minimum");
+                    }
+                }
+            }
+        }
+        // an update far below a step does not move the nearest code anywhere
+        assert!(changed > 0 || route == MergeRoute::Rtn, "{route} changes codes");
+    }
+}
+
+#[test]
+fn a_judge_decides_before_the_file_gets_its_name() {
+    let dir = tempdir();
+    let base = base("llama-tied");
+    let adapter = adapter(&base.config);
+    let out = dir.path().join("m.gguf");
+    let judge = |place: &Path| {
+        assert!(place.is_file() && tune_formats::open(place).is_ok(), "the file is complete");
+        Ok(vec!["answers like the base".to_owned()])
+    };
+    let target = ExportTarget::Gguf(FileType::Q8_0);
+    let options = ExportOptions { judge: Some(&judge), ..ExportOptions::default() };
+    let request = ExportRequest { base: &base, adapter: &adapter, target, out: &out, options };
+    let error = export(&request, &mut |_| ()).expect_err("refused");
+    assert!(error.is_verification() && error.to_string().contains("answers like the base"), "{error}");
+    assert!(!out.exists());
+    let options = ExportOptions { verification: tune_export::Verification::Warn, ..options };
+    let report = export(&ExportRequest { options, ..request }, &mut |_| ()).expect("warned");
+    assert!(report.notes.iter().any(|note| note.contains("answers like the base")) && out.exists());
+}
+
+#[test]
+fn weights_of_an_export_are_checked_tensor_by_tensor() {
+    let dir = tempdir();
+    let base = base("llama-tied");
+    let mut adapter = adapter(&base.config);
+    let out = dir.path().join("m.gguf");
+    run(&base, &adapter, ExportTarget::Gguf(FileType::Q8_0), &out).expect("exported");
+    let merged = tune_formats::open(&out).expect("opened");
+    let problems = |adapter: &Adapter| -> Vec<String> {
+        let checks = tune_export::check_weights(&base, adapter, &merged, &mut |_, _| ()).expect("checked");
+        checks.iter().filter_map(tune_export::WeightCheck::problem).collect()
+    };
+    assert_eq!(problems(&adapter), Vec::<String>::new());
+    let (name, lora) = adapter.layers.iter_mut().next().expect("a layer");
+    let name = name.clone();
+    lora.b.iter_mut().for_each(|b| *b *= 20.0);
+    let found = problems(&adapter);
+    assert!(found.len() == 1 && found[0].starts_with(&name), "{found:?}");
 }

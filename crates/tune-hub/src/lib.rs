@@ -7,17 +7,19 @@
 //! ./folder, ./file.gguf ─────────────────────────────────┘
 //! ```
 //!
-//! And back: [`OllamaServer`] hands a tuned model to a running Ollama.
+//! And back: [`OllamaServer`] hands a tuned model to a running Ollama, and [`LlamaServer`] asks a llama.cpp.
 //!
-//! The only crate of the project that opens a socket, and it does so in two places: to the Hub (through `hf-hub`) and
-//! to the Ollama server that `OLLAMA_HOST` names. The wheel mirror is fetched by the user's own `pip`, so that its
-//! index, proxy and certificate settings apply. Nothing else is contacted and nothing is reported anywhere.
+//! The only crate of the project that opens a socket or starts a program. It speaks to the Hub (through `hf-hub`), to
+//! the Ollama server that `OLLAMA_HOST` names, and on the loopback interface to a `llama-server` that it starts itself,
+//! where one is installed. The wheel mirror is fetched by the user's own `pip`, so that its index, proxy and certificate
+//! settings apply. Nothing else is contacted and nothing is reported anywhere.
 
 mod catalogue;
 mod checksum;
 mod error;
 mod hf;
 mod hf_files;
+mod llama_server;
 mod model_ref;
 mod ollama;
 mod ollama_host;
@@ -30,6 +32,7 @@ mod wheel;
 
 pub use catalogue::{CatalogueEntry, PinnedFile, Source, WheelPart, catalogue};
 pub use error::HubError;
+pub use llama_server::{LLAMA_SERVER, LlamaServer, find_llama_server};
 pub use model_ref::{HubRef, ModelRef};
 pub use ollama::{Message, OllamaName, OllamaSettings};
 pub use ollama_host::OllamaHost;

@@ -355,6 +355,28 @@ impl Block {
         self.mlp_residual(h, context)
     }
 
+    /// The same in `f32` and without a graph, showing the input of each linear layer, `[tokens, d_in]`, with the names
+    /// of the layers that share it.
+    pub fn observe(
+        &self,
+        x: Tensor<2>,
+        context: &Context,
+        see: &mut dyn FnMut(&[&'static str], &Tensor<2>),
+    ) -> Tensor<2> {
+        let Self { attention: a, mlp: m, .. } = self;
+        let normed = self.input_norm.forward(x.clone());
+        see(&["q_proj", "k_proj", "v_proj"], &normed);
+        let (q, k, v) = a.qkv(normed, context);
+        let mixed = causal_attention(q, k, v, context.spans.clone(), a.head_dim);
+        see(&["o_proj"], &mixed);
+        let h = x + a.o_proj.forward(mixed, None);
+        let normed = self.post_attention_norm.forward(h.clone());
+        see(&["gate_proj", "up_proj"], &normed);
+        let gated = swiglu(m.gate_proj.forward(normed.clone(), None), m.up_proj.forward(normed, None));
+        see(&["down_proj"], &gated);
+        h + m.down_proj.forward(gated, None)
+    }
+
     /// The same in fused operations; the residual stream stays `f32`.
     fn forward_bf16(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
         let Self { attention: a, mlp: m, .. } = self;

@@ -13,6 +13,7 @@ use crate::{WeightBytes, catalogue, from_shape};
 
 /// A run, and what of it may change.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a question of its own")]
 pub struct Question {
     /// The run. Without a budget there is nothing to ask.
     pub input: PlanInput,
@@ -228,7 +229,9 @@ impl Question {
     #[must_use]
     pub fn with(&self, changes: &[Change]) -> Self {
         let mut changed = self.clone();
-        changes.iter().for_each(|change| changed.apply(change));
+        for change in changes {
+            changed.apply(change);
+        }
         changed
     }
 
@@ -370,7 +373,6 @@ impl Question {
                 let last = input.shape.num_hidden_layers.saturating_sub(1).min(FAR);
                 (1..=last - last / 4).map(|first| Change::Layers { first, last }).collect()
             }
-            Knob::Rank | Knob::Layers => Vec::new(),
             Knob::FourBit => only(adapters && sixteen_bit, Change::FourBit),
             Knob::Adapters => only(!adapters && self.four_bit.is_some(), Change::Adapters),
             Knob::Model if self.model_may_change => {
@@ -384,7 +386,7 @@ impl Question {
                 smaller.sort_by_key(|(parameters, _)| std::cmp::Reverse(*parameters));
                 smaller.into_iter().map(|(_, name)| Change::Model { name: name.into() }).collect()
             }
-            Knob::Model => Vec::new(),
+            Knob::Rank | Knob::Layers | Knob::Model => Vec::new(),
         }
     }
 

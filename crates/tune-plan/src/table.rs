@@ -112,10 +112,14 @@ impl Answer {
                 Pool::Device => "\nestimate    on the device",
             },
         );
-        device.iter().for_each(|term| write_term(text, term, width));
+        for term in &device {
+            write_term(text, term, width);
+        }
         if !host.is_empty() {
             line(text, "\n            on the host");
-            host.iter().for_each(|term| write_term(text, term, width));
+            for term in &host {
+                write_term(text, term, width);
+            }
         }
     }
 
@@ -157,14 +161,12 @@ impl Answer {
                 text.push_str(&(style.paint)(part, &part.letter().to_string().repeat(wide)));
             }
             let budget_at = budget.map(scaled);
-            let rest: String = (drawn..width + 1)
+            let rest: String = (drawn..=width)
                 .map(|column| {
-                    if budget_at == Some(column) {
-                        '|'
-                    } else if budget_at > Some(column) {
-                        '.'
-                    } else {
-                        ' '
+                    match budget_at {
+                        Some(at) if at == column => '|',
+                        Some(at) if at > column => '.',
+                        _ => ' ',
                     }
                 })
                 .collect();
@@ -224,7 +226,7 @@ impl Answer {
         };
         let show = |text: &mut String, (way, settings): &(&Way, String)| {
             line(text, &format!("  {settings}"));
-            let costs: Vec<_> = way.changes.iter().map(|change| change.cost()).collect();
+            let costs: Vec<_> = way.changes.iter().map(super::advice::Change::cost).collect();
             line(
                 text,
                 &format!("      then at most {}; {}", format_bytes(way.needed_bytes), costs.join(", ")),
@@ -234,7 +236,9 @@ impl Answer {
         show(text, first);
         if !others.is_empty() {
             line(text, "            or one of these alone:");
-            others.iter().for_each(|way| show(text, way));
+            for way in others {
+                show(text, way);
+            }
         }
     }
 

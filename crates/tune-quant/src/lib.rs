@@ -15,6 +15,7 @@ mod simd;
 mod stored;
 
 pub use block_type::BlockType;
+pub use encode::Grid;
 pub use nf4::Nf4;
 pub use simd::{Decoded, InstructionSet};
 pub use stored::{ByteView, RowOrder, SharedBytes, Storage, StoredMatrix};

@@ -51,6 +51,8 @@ pub(crate) fn check(spec: &RunSpec, report: &mut dyn FnMut(&str, Problem)) {
     require("eval.early_stopping_patience", patience.is_none_or(at_least_one), "1 or more", "0".into());
     let limit = spec.checkpoint.save_total_limit;
     require("checkpoint.save_total_limit", at_least_one(limit), "1 or more", "0".into());
+    let least = spec.export.min_retention;
+    require("export.min_retention", least <= 1.0, "a share of 1 at most", least.to_string());
     require("samples.max_tokens", at_least_one(spec.samples.max_tokens), "1 or more", "0".into());
 
     let name = &spec.run.name;

@@ -24,7 +24,8 @@ pub use origin::{Origin, Origins};
 pub use read::{Override, load, parse};
 pub use resolved::Line;
 pub use spec::{
-    Adapter, Checkpoint, Data, DataFormat, DataOptions, Dtype, Eval, Export, LrScheduler, Memory, Method,
-    Model, OnExceed, Optimizer, Overlong, Quantization, Run, RunSpec, Samples, Train, TrainOn, Verify,
+    Adapter, Checkpoint, Data, DataFormat, DataOptions, Dtype, Eval, Export, LrScheduler, Memory, Merge,
+    Method, Model, OnExceed, Optimizer, Overlong, Quantization, Run, RunSpec, Samples, Train, TrainOn,
+    Verify,
 };
 pub use values::{Budget, Layers, Resume, TargetModules, parse_bytes};

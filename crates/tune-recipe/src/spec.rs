@@ -400,13 +400,38 @@ impl Default for Checkpoint {
 }
 
 /// `[export]`: what is written after training.
-#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Export {
     /// `gguf-lora`, `gguf:TYPE`, `peft`, `safetensors` or `ollama:NAME`; none when absent.
     pub targets: Vec<String>,
+    /// How merged weights become codes of few bits. "auto" is the route that keeps most at an acceptable price.
+    pub merge: Merge,
+    /// A merged file that keeps less of the fine-tune, measured on held-out data, is refused.
+    pub min_retention: f64,
     /// What happens when an exported file differs from what was trained.
     pub verify: Verify,
+}
+
+impl Default for Export {
+    fn default() -> Self {
+        Self { targets: Vec::new(), merge: Merge::Auto, min_retention: 0.9, verify: Verify::Strict }
+    }
+}
+
+/// How merged weights become codes of few bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Merge {
+    /// As measured best for the type.
+    #[default]
+    Auto,
+    /// The nearest codes under the scales of the base.
+    Rtn,
+    /// Scales and codes anew, as `llama-quantize`.
+    Refit,
+    /// Codes with error feedback over training activations.
+    Gptq,
 }
 
 /// What happens when an exported file differs from what was trained.

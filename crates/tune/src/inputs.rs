@@ -47,30 +47,43 @@ pub fn of_spec(mut spec: RunSpec) -> miette::Result<Inputs> {
 impl Inputs {
     /// The recipe's rows, tokenised. They are kept for the next run unless `TUNE_NO_CACHE` is set.
     pub fn dataset(&self) -> miette::Result<Dataset> {
-        let sources = self.sources();
-        let options = LoadOptions {
-            sequence_len: self.spec.data_options.sequence_len,
-            overlong: overlong(self.spec.data_options.overlong),
-            vocab_size: self.base.config.vocab_size,
-        };
-        let (tokenizer, template, name) = (&self.tokenizer, self.template.as_ref(), &self.base.name);
-        let dataset = match tune_hub::Options::from_env(|name| std::env::var_os(name)).token_cache_dir {
-            Some(folder) => TokenCache::new(folder).load(&sources, &options, tokenizer, template, name)?,
-            None => tune_data::load(&sources, &options, tokenizer, template, name)?,
-        };
-        check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), &self.base)?;
-        Ok(dataset)
+        dataset(&self.spec, &self.base, &self.tokenizer, self.template.as_ref())
     }
 
     /// The files that the recipe names.
     pub fn sources(&self) -> Vec<DataSource> {
-        let source = |data: &tune_recipe::Data| DataSource {
-            path: data.path.clone(),
-            format: format(data.format),
-            train_on: train_on(data.train_on),
-        };
-        self.spec.data.iter().map(source).collect()
+        sources(&self.spec)
     }
+}
+
+/// The rows of `spec`, tokenised for `base`.
+pub fn dataset(
+    spec: &RunSpec,
+    base: &BaseModel,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> miette::Result<Dataset> {
+    let sources = sources(spec);
+    let options = LoadOptions {
+        sequence_len: spec.data_options.sequence_len,
+        overlong: overlong(spec.data_options.overlong),
+        vocab_size: base.config.vocab_size,
+    };
+    let dataset = match tune_hub::Options::from_env(|name| std::env::var_os(name)).token_cache_dir {
+        Some(folder) => TokenCache::new(folder).load(&sources, &options, tokenizer, template, &base.name)?,
+        None => tune_data::load(&sources, &options, tokenizer, template, &base.name)?,
+    };
+    check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), base)?;
+    Ok(dataset)
+}
+
+fn sources(spec: &RunSpec) -> Vec<DataSource> {
+    let source = |data: &tune_recipe::Data| DataSource {
+        path: data.path.clone(),
+        format: format(data.format),
+        train_on: train_on(data.train_on),
+    };
+    spec.data.iter().map(source).collect()
 }
 
 /// What "auto" values of a recipe depend on.
@@ -97,7 +110,8 @@ fn format(format: DataFormat) -> Option<Format> {
     }
 }
 
-fn train_on(train_on: tune_recipe::TrainOn) -> tune_data::TrainOn {
+/// The tokens that a recipe's word means.
+pub fn train_on(train_on: tune_recipe::TrainOn) -> tune_data::TrainOn {
     match train_on {
         tune_recipe::TrainOn::Assistant => tune_data::TrainOn::Assistant,
         tune_recipe::TrainOn::Last => tune_data::TrainOn::Last,

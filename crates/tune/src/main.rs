@@ -9,8 +9,10 @@
 mod commands;
 mod disk_room;
 mod download;
+mod engines;
 mod exit;
 mod inputs;
+mod limits;
 mod loss_plot;
 mod machine;
 mod memory_gate;
@@ -18,7 +20,9 @@ mod memory_picture;
 mod model;
 mod model_card;
 mod progress;
+mod proof;
 mod samples;
+mod trained;
 
 use std::process::ExitCode;
 

@@ -121,6 +121,39 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     // and it must still be the tuned model
     bench.compare(&tuned, &ours, &ROUNDED_ACTIVATIONS);
 
+    // verify asks a real llama-server about the file and about the adapter over its base
+    for artefact in [&q8_0, &lora] {
+        let (code, proof) = bench.verify(artefact, &run);
+        assert_eq!(code, Some(0), "{proof}");
+        let llama_cpp = &proof["engines"][0];
+        assert!(llama_cpp["positions"].as_u64() >= Some(24), "{proof}");
+        assert!(llama_cpp["mean_kl"].as_f64() < Some(2e-2), "{proof}");
+        let retention = proof["retention"].as_f64().expect("eight steps help on the rows held out");
+        assert!(retention > 0.97, "{proof}");
+    }
+    // error feedback on the grid of the 4-bit base keeps more than rounding to the nearest there
+    let retention = |route: &str| {
+        let out = bench.path(&format!("{route}.gguf"));
+        let merge = [
+            "--to",
+            "gguf:q4_1",
+            "--merge",
+            route,
+            "--min-retention",
+            "-9",
+            "--verify",
+            "warn",
+            "--out",
+            path(&out),
+        ];
+        tune(&[&["export", path(&run)], &merge[..]].concat());
+        let (code, proof) = bench.verify_ourselves(&out, &run);
+        assert!(code == Some(0) || code == Some(5), "{proof}");
+        proof["retention"].as_f64().expect("retention")
+    };
+    let (nearest, feedback) = (retention("rtn"), retention("gptq"));
+    assert!(feedback > nearest + 0.1 && feedback > 0.7, "rtn keeps {nearest}, gptq {feedback}");
+
     let adapter = bench.export(&run, "peft", "adapter");
     bench.check_peft(&base, &adapter, &tuned, "1e-3");
 }
@@ -262,6 +295,32 @@ impl Bench {
         out
     }
 
+    /// Exit code and findings of `tune verify` with a real llama-server beside it.
+    fn verify(&self, artefact: &Path, run: &Path) -> (Option<i32>, Value) {
+        let server = self.path("llama-server");
+        let script = root().join("tests/e2e/llama_server.py");
+        let start = format!("#!/bin/sh\nexec '{}' '{}' \"$@\"\n", self.python.display(), script.display());
+        fs::write(&server, start).expect("a program that serves");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).expect("it may be started");
+        }
+        Self::verify_with(artefact, run, path(&server))
+    }
+
+    fn verify_ourselves(&self, artefact: &Path, run: &Path) -> (Option<i32>, Value) {
+        Self::verify_with(artefact, run, "off")
+    }
+
+    fn verify_with(artefact: &Path, run: &Path, server: &str) -> (Option<i32>, Value) {
+        let mut command = tune_command(&["verify", path(artefact), "--run", path(run), "--json"]);
+        let command = command.env("TUNE_LLAMA_SERVER", server).env("OMP_WAIT_POLICY", "passive");
+        let Output { status, stdout, stderr } = command.output().expect("tune runs");
+        let proof = serde_json::from_slice(&stdout);
+        (status.code(), proof.unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&stderr))))
+    }
+
     /// The model as a GGUF file of another type, without an adapter.
     fn requantise(&self, model: &Path, file_type: FileType, name: &str) -> PathBuf {
         let base = tune_formats::open(model).expect("the model opens");
@@ -361,12 +420,17 @@ fn pull(reference: &str) -> PathBuf {
 
 /// Standard output of our own program.
 fn tune(arguments: &[&str]) -> String {
+    text_of(&mut tune_command(arguments))
+}
+
+fn tune_command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tune"));
     // models are kept between runs of the tests, and out of the user's own cache
     if std::env::var_os("TUNE_CACHE").is_none() {
         command.env("TUNE_CACHE", root().join("target/e2e-cache"));
     }
-    text_of(command.args(arguments).current_dir(root()))
+    command.args(arguments).current_dir(root());
+    command
 }
 
 /// Standard output of a command that has to succeed; what it printed is the message where it does not.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use assert_cmd::cargo::CommandCargoExt;
 use tempfile::TempDir;
+use tune_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec};
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models/llama-tied")
@@ -193,4 +194,137 @@ fn a_run_of_all_weights_generates_and_is_exported() {
     }
     let nf4 = [&["train", "recipe.toml", "--set", "model.quantization=nf4"], &full[..]].concat();
     assert_eq!(tune(folder, &nf4).output().expect("tune runs").status.code(), Some(2));
+}
+
+/// The same GGUF file with other metadata and other bytes.
+fn tampered(
+    original: &Path,
+    copy: &Path,
+    metadata: impl Fn(&mut Metadata),
+    change: impl Fn(&str, &mut Vec<u8>),
+) {
+    let file = GgufFile::open(original).expect("a GGUF file");
+    let mut keys = file.metadata().clone();
+    metadata(&mut keys);
+    let spec = |t: &tune_formats::gguf::TensorInfo| TensorSpec {
+        name: t.name.clone(),
+        dims: t.dims.clone(),
+        block_type: t.block_type,
+    };
+    let specs = file.tensors().iter().map(spec).collect();
+    let mut writer = GgufWriter::create(copy, &keys, specs).expect("begun");
+    for tensor in file.tensors() {
+        let mut bytes = file.data(tensor).expect("bytes").to_vec();
+        change(&tensor.name, &mut bytes);
+        writer.write(&tensor.name, &bytes).expect("written");
+    }
+    writer.finish().expect("finished");
+}
+
+/// Two bytes of a half, 8 % larger.
+fn scale_halves(bytes: &mut [u8]) {
+    for half in bytes.as_chunks_mut::<2>().0 {
+        // a half is nearly linear in its bits: 1/16 of a binade on top
+        let bits = u16::from_le_bytes(*half);
+        *half = (bits + if bits & 0x7C00 == 0 { 0 } else { 0x0040 }).to_le_bytes();
+    }
+}
+
+#[test]
+fn exports_are_held_against_the_trained_model() {
+    let workshop = workshop(30);
+    let folder = workshop.path();
+    run(folder, &["train", "recipe.toml", "--out", "run", "--quiet", "--set", "data_options.val_split=0.2"]);
+    let verify = |artefact: &str, more: &[&str]| {
+        let arguments = [&["verify", artefact, "--run", "run", "--json"], more].concat();
+        let output = tune(folder, &arguments).output().expect("tune runs");
+        let proof: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let problems = proof["problems"].as_array().cloned().unwrap_or_default();
+        let problems: Vec<String> =
+            problems.iter().map(|p| p.as_str().unwrap_or_default().to_owned()).collect();
+        (output.status.code(), proof, problems, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+
+    // Every kind of artefact, healthy.
+    for (target, out, most) in [
+        ("gguf-lora", "a.gguf", 1e-6),
+        ("peft", "adapter", 1e-6),
+        ("gguf:f16", "m.gguf", 1e-4),
+        ("gguf:q8_0", "q8.gguf", 1e-2),
+        ("safetensors", "merged", 1e-6),
+    ] {
+        let told = run(folder, &["export", "run", "--to", target, "--out", out]);
+        let told = String::from_utf8_lossy(&told.stderr).into_owned();
+        assert!(
+            told.contains("rows that the run held out") && told.contains("retention"),
+            "{target}: {told}"
+        );
+        let (code, proof, problems, _) = verify(out, &[]);
+        assert_eq!((code, problems), (Some(0), vec![]), "{target}: {proof}");
+        assert!(proof["mean_kl"].as_f64().expect("a number") <= most, "{target}: {proof}");
+        let retention = proof["retention"].as_f64().expect("training has helped");
+        assert!((retention - 1.0).abs() < 0.05, "{target}: {proof}");
+        let [base, trained] =
+            ["perplexity_base", "perplexity_trained"].map(|key| proof[key].as_f64().expect("one"));
+        assert!(trained < base && proof["tokens"].as_u64() > Some(20), "{target}: {proof}");
+    }
+
+    // One tensor scaled by a few percent.
+    let q_proj = |name: &str, bytes: &mut Vec<u8>| {
+        if name == "blk.0.ffn_down.weight" {
+            scale_halves(bytes);
+        }
+    };
+    tampered(&folder.join("m.gguf"), &folder.join("scaled.gguf"), |_| (), q_proj);
+    let (code, _, problems, _) = verify("scaled.gguf", &[]);
+    assert_eq!(code, Some(5), "{problems:?}");
+    assert!(problems[0].starts_with("model.layers.0.mlp.down_proj.weight (F16): "), "{problems:?}");
+    assert!(problems[0].contains("at most 0.20 %"), "the limit is named: {problems:?}");
+
+    // Another template.
+    let template = |metadata: &mut Metadata| metadata.set("tokenizer.chat_template", "{{ messages }}".into());
+    tampered(&folder.join("m.gguf"), &folder.join("template.gguf"), template, |_, _| ());
+    let (code, _, problems, _) = verify("template.gguf", &[]);
+    assert_eq!((code, problems), (Some(5), vec!["the chat template is not the one of training".to_owned()]));
+
+    // An adapter of which one half is wrong.
+    let lora_b = |name: &str, bytes: &mut Vec<u8>| {
+        if name == "blk.0.attn_q.weight.lora_b" {
+            bytes.fill(0);
+        }
+    };
+    tampered(&folder.join("a.gguf"), &folder.join("half.gguf"), |_| (), lora_b);
+    let (code, _, problems, _) = verify("half.gguf", &[]);
+    assert!(code == Some(5) && problems[0].starts_with("mean KL"), "{problems:?}");
+
+    // What loses more than is asked for is refused, before it gets its name, and the way out is named.
+    let coarse = ["export", "run", "--to", "gguf:q2_k", "--merge", "refit", "--out", "coarse.gguf"];
+    let refused =
+        tune(folder, &[&coarse[..], &["--min-retention", "5"]].concat()).output().expect("tune runs");
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(5), "{told}");
+    for word in ["gguf:q2_k loses too much", "gguf-lora", "gguf:q8_0", "--min-retention 0"] {
+        assert!(told.contains(word), "no {word:?} in {told}");
+    }
+    assert!(!folder.join("coarse.gguf").exists());
+    run(folder, &[&coarse[..], &["--min-retention", "-9", "--verify", "warn"]].concat());
+    assert!(folder.join("coarse.gguf").exists());
+}
+
+#[test]
+fn without_rows_held_out_a_text_serves_and_says_so() {
+    let workshop = workshop(2);
+    let folder = workshop.path();
+    run(folder, &["train", "recipe.toml", "--out", "run", "--quiet", "--set", "data_options.val_split=0"]);
+    let told = run(folder, &["export", "run", "--to", "gguf-lora"]);
+    let told = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert!(told.contains("a text of tune's own"), "{told}");
+    // the run is found above the file
+    let file = fs::read_dir(folder.join("run/export")).expect("exports").flatten();
+    let file = file.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(".lora.gguf"));
+    run(folder, &["verify", &file.expect("an adapter").to_string_lossy()]);
+    let alone = folder.join("alone.gguf");
+    fs::write(&alone, "x").expect("written");
+    let refused = tune(folder, &["verify", &alone.to_string_lossy()]).output().expect("tune runs");
+    assert_eq!(refused.status.code(), Some(2));
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::{BaseModel, FormatError, Source, TokenizerFiles};
 
+mod adapter;
 mod config;
 mod cursor;
 pub mod names;
@@ -19,6 +20,7 @@ mod value;
 mod weights;
 mod writer;
 
+pub use adapter::{is_adapter, read_adapter};
 pub use config::hyper_parameters;
 pub use reader::{GgufFile, TensorInfo};
 pub use tokenizer::read_tokenizer;

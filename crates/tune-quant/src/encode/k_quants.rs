@@ -167,15 +167,7 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
             }
         }
         let q: [u8; LEN] = in_order(&bytes);
-        for (c, q) in q.as_chunks::<128>().0.iter().enumerate() {
-            for l in 0..64 {
-                block[64 * c + l] = q[l] & 15 | q[64 + l] << 4;
-            }
-            for l in 0..32 {
-                let top = |t: usize| q[32 * t + l] >> 4 << (2 * t);
-                block[128 + 32 * c + l] = top(0) | top(1) | top(2) | top(3);
-            }
-        }
+        put_six_bits(&q, &mut block[..192]);
         put_half(d, &mut block[208..210]);
     }
 }
@@ -311,9 +303,23 @@ fn largest_scale(scales: &[f32; SIDE_BY_SIDE]) -> f32 {
     largest
 }
 
+/// The low nibbles of 6-bit codes, then their upper bit pairs, as Q6_K holds them.
+#[inline(always)]
+pub(super) fn put_six_bits(q: &[u8; LEN], to: &mut [u8]) {
+    for (c, q) in q.as_chunks::<128>().0.iter().enumerate() {
+        for l in 0..64 {
+            to[64 * c + l] = q[l] & 15 | q[64 + l] << 4;
+        }
+        for l in 0..32 {
+            let top = |t: usize| q[32 * t + l] >> 4 << (2 * t);
+            to[128 + 32 * c + l] = top(0) | top(1) | top(2) | top(3);
+        }
+    }
+}
+
 /// Four 2-bit codes a byte: `v = 128c + 32t + l` is field `t` of byte `32c + l`. Higher bits are left out.
 #[inline(always)]
-fn put_bit_pairs(q: &[u8; LEN], to: &mut [u8]) {
+pub(super) fn put_bit_pairs(q: &[u8; LEN], to: &mut [u8]) {
     for (q, to) in q.as_chunks::<128>().0.iter().zip(to.as_chunks_mut::<32>().0) {
         for l in 0..32 {
             let pair = |t: usize| (q[32 * t + l] & 3) << (2 * t);
@@ -324,7 +330,7 @@ fn put_bit_pairs(q: &[u8; LEN], to: &mut [u8]) {
 
 /// Two 4-bit codes a byte: `v = 64c + 32h + l` is nibble `h` of byte `32c + l`. Higher bits are left out.
 #[inline(always)]
-fn put_nibble_pairs(q: &[u8; LEN], to: &mut [u8]) {
+pub(super) fn put_nibble_pairs(q: &[u8; LEN], to: &mut [u8]) {
     for (q, to) in q.as_chunks::<64>().0.iter().zip(to.as_chunks_mut::<32>().0) {
         for l in 0..32 {
             to[l] = q[l] & 15 | q[32 + l] << 4;
@@ -334,7 +340,7 @@ fn put_nibble_pairs(q: &[u8; LEN], to: &mut [u8]) {
 
 /// The bit of value 2^`bit`, the highest of a code: that of `v = 32b + l` is bit `b` of byte `l`.
 #[inline(always)]
-fn put_top_bits(q: &[u8; LEN], bit: u32, to: &mut [u8]) {
+pub(super) fn put_top_bits(q: &[u8; LEN], bit: u32, to: &mut [u8]) {
     for (b, q) in q.as_chunks::<32>().0.iter().enumerate() {
         for (byte, q) in to.iter_mut().zip(q) {
             *byte |= q >> bit << b;

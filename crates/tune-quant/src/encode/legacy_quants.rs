@@ -230,7 +230,7 @@ fn inverse_or_zero(d: f32) -> f32 {
 
 /// Bit j is the fifth bit of code j.
 #[inline(always)]
-fn put_fifth_bits(codes: &[u8; LEN], to: &mut [u8]) {
+pub(super) fn put_fifth_bits(codes: &[u8; LEN], to: &mut [u8]) {
     for (byte, codes) in to.iter_mut().zip(codes.as_chunks::<8>().0) {
         // The product moves the fifth bit of byte j to bit 56 + j.
         let fifth = u64::from_le_bytes(*codes) >> 4 & 0x0101_0101_0101_0101;

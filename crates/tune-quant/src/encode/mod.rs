@@ -5,6 +5,7 @@
 //! | `legacy_quants.rs` | Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: scale and codes in one pass |
 //! | `k_quants.rs` | Q2_K to Q6_K: sub-blocks are searched, their scales quantised, the codes chosen again |
 //! | `codebook_quants.rs` | IQ4_NL and MXFP4 |
+//! | `grid.rs` | codes alone, for scales that stay as they are |
 //! | `searches.rs` | the searches for scales |
 //! | `lanes.rs`, `lanes_x86.rs` | vectors in which each lane is a block of its own |
 //!
@@ -14,12 +15,15 @@
 #![allow(clippy::inline_always)] // one copy per instruction set
 
 mod codebook_quants;
+mod grid;
 mod k_quants;
 mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod lanes_x86;
 mod legacy_quants;
 mod searches;
+
+pub use grid::Grid;
 
 use crate::{BlockType, float};
 use lanes::{Column, Lanes, Portable, SIDE_BY_SIDE};

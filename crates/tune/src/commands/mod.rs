@@ -11,6 +11,7 @@ mod models;
 mod plan;
 mod pull;
 mod train;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,8 @@ pub enum Command {
     Eval(eval::Args),
     /// Write a trained run as GGUF, safetensors or PEFT
     Export(export::Args),
+    /// Tell whether an exported file answers as the trained model
+    Verify(verify::Args),
     /// Measure this machine and the speed and memory of training and generation on it
     Bench(bench::Args),
     /// Write the logits of given token ids, to compare engines
@@ -56,6 +59,7 @@ pub fn run(command: Command) -> miette::Result<ExitCode> {
         Command::Chat(args) => chat::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
     }

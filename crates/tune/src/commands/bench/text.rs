@@ -66,7 +66,7 @@ fn cut(ids: &[u32], count: usize, len: usize) -> Vec<Vec<u32>> {
 fn own_source() -> String {
     [
         include_str!("../train.rs"),
-        include_str!("../export.rs"),
+        include_str!("../export/mod.rs"),
         include_str!("../data.rs"),
         include_str!("../plan.rs"),
         include_str!("../chat.rs"),

@@ -1,37 +1,30 @@
 //! `tune export`: a trained run as GGUF, safetensors, PEFT or a model in Ollama.
 
+mod job;
 mod ollama;
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::HumanBytes;
 use miette::{IntoDiagnostic, Result};
-use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
-use tune_export::{
-    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, OllamaBase,
-    Retention, Verification, export,
-};
+use tune_data::{Message, Tokenizer};
+use tune_export::{ExportError, ExportTarget, FileType};
 use tune_formats::peft::{self, Adapter, AdapterConfig};
-use tune_formats::{BaseModel, Source};
-use tune_hub::{ModelRef, OllamaSettings};
+use tune_formats::{BaseModel, ModelConfig};
+use tune_hub::ModelRef;
 use tune_models::Llama;
-use tune_recipe::{Method, Quantization, RunSpec, Verify};
+use tune_quant::BlockType;
+use tune_recipe::{Export, Merge, Method, RunSpec, Verify};
 use tune_train::RunFolder;
 
 use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
 use crate::model::trained_base;
-use crate::model_card::{self, Card};
-use crate::{download, loss_plot};
+use crate::download;
+use job::Job;
 use ollama::{Creation, OllamaTarget};
-
-/// Below this much of the update, answers are closer to the base's than to the trained ones.
-const LEAST_KEPT: f64 = 0.9;
-/// Rounding errors larger than the update by this factor drown it.
-const LARGEST_ERROR: f64 = 2.0;
 
 #[derive(clap::Args)]
 #[command(after_help = "Formats:\n  \
@@ -48,9 +41,9 @@ const LARGEST_ERROR: f64 = 2.0;
 pub struct Args {
     /// Folder of a run, or a PEFT adapter folder
     run: PathBuf,
-    /// What to write
+    /// What to write [default: gguf-lora over a base of few bits, gguf:q8_0 over others]
     #[arg(long, value_name = "FORMAT")]
-    to: String,
+    to: Option<String>,
     /// File or folder to write, or a folder to write it into [default: RUN/export]
     #[arg(long, value_name = "PATH")]
     out: Option<PathBuf>,
@@ -63,6 +56,37 @@ pub struct Args {
     /// Largest file of a safetensors folder, such as 2GB [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_shard_size: Option<u64>,
+    /// How merged weights become codes of few bits [default: the recipe's, auto]
+    #[arg(long, value_enum, value_name = "ROUTE")]
+    merge: Option<Route>,
+    /// Refuse a merged file that keeps less of the fine-tune [default: the recipe's, 0.9]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    min_retention: Option<f64>,
+    /// What happens when the file does not answer as the trained model [default: the recipe's, strict]
+    #[arg(long, value_enum, value_name = "STRICTNESS")]
+    verify: Option<Strictness>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Strictness {
+    /// It is not put in place
+    Strict,
+    /// The differences are told
+    Warn,
+    /// It is not looked at
+    Off,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Route {
+    /// As measured best for the type
+    Auto,
+    /// The nearest codes under the scales of the base
+    Rtn,
+    /// Scales and codes anew, as llama-quantize
+    Refit,
+    /// Codes with error feedback over training activations
+    Gptq,
 }
 
 fn size(text: &str) -> std::result::Result<u64, String> {
@@ -70,13 +94,13 @@ fn size(text: &str) -> std::result::Result<u64, String> {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let target = Destination::parse(&args.to)?;
+    let asked = args.to.as_deref().map(Destination::parse).transpose()?;
     // Files get their names when they are whole, and a server keeps nothing of half an upload.
     ctrlc::set_handler(|| std::process::exit(i32::from(INTERRUPTED))).into_diagnostic()?;
     let folder = RunFolder::new(&args.run);
     let spec = if folder.recipe().is_file() { Some(tune_recipe::load(&folder.recipe(), &[])?) } else { None };
     let trains_all = spec.as_ref().is_some_and(|spec| spec.adapter.method == Method::Full);
-    if trains_all {
+    if let (true, Some(target)) = (trains_all, &asked) {
         target.refuse_adapters()?;
     }
     let adapter = if trains_all { no_adapter() } else { read_adapter(&folder, spec.is_some())? };
@@ -88,6 +112,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.base.is_none() && !args.any_base {
         adapter.require_trained_base(&base)?;
     }
+    let target = asked.unwrap_or_else(|| Destination::File(default_target(&base, trains_all)));
+    let untrained = if trains_all { Some(tune_formats::open(&resolved.path)?) } else { None };
+    let trained_over = match &spec {
+        Some(spec) if !trains_all && spec.model.base != reference => {
+            Some(tune_formats::open(&download::resolve(&ModelRef::parse(&spec.model.base)?, false)?.path)?)
+        }
+        _ => None,
+    };
     let tokenizer = Tokenizer::from_base(&base)?;
 
     let name = spec.as_ref().map_or_else(|| name_of(&args.run), |spec| spec.run.name.clone());
@@ -101,6 +133,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         licence: resolved.licence.as_deref(),
         run: spec.as_ref().map(|spec| (spec, &folder)),
         max_shard_bytes: args.max_shard_size,
+        untrained: untrained.as_ref(),
+        trained_over: trained_over.as_ref(),
+        settings: settings(args, spec.as_ref()),
     };
     let target = match target {
         Destination::File(target) => target,
@@ -137,6 +172,37 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     println!("{}", report.path.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the recipe says, or the defaults, with what the command line says.
+fn settings(args: &Args, spec: Option<&RunSpec>) -> Export {
+    let mut settings = spec.map_or_else(Export::default, |spec| spec.export.clone());
+    if let Some(route) = args.merge {
+        settings.merge = match route {
+            Route::Auto => Merge::Auto,
+            Route::Rtn => Merge::Rtn,
+            Route::Refit => Merge::Refit,
+            Route::Gptq => Merge::Gptq,
+        };
+    }
+    if let Some(strictness) = args.verify {
+        settings.verify = match strictness {
+            Strictness::Strict => Verify::Strict,
+            Strictness::Warn => Verify::Warn,
+            Strictness::Off => Verify::Off,
+        };
+    }
+    settings.min_retention = args.min_retention.unwrap_or(settings.min_retention);
+    settings
+}
+
+/// Merging into few bits costs some of the fine-tune whatever the route, so over such a base the adapter stays apart.
+fn default_target(base: &BaseModel, trains_all: bool) -> ExportTarget {
+    let stored = base.weights.matrix(&format!("{}.weight", ModelConfig::linear_path(0, "q_proj")));
+    let few_bits = stored.is_ok_and(|matrix| {
+        BlockType::from_name(matrix.type_name()).is_some_and(|block_type| block_type.bits_per_weight() < 8.0)
+    });
+    if few_bits && !trains_all { ExportTarget::GgufLora } else { ExportTarget::Gguf(FileType::Q8_0) }
 }
 
 /// Refuses a run's targets that could not be written, and warns of a server that is not there, before it has trained
@@ -198,6 +264,10 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -
         licence: inputs.resolved.licence.as_deref(),
         run: Some((&inputs.spec, folder)),
         max_shard_bytes: None,
+        untrained: None,
+        trained_over: None,
+        // these weights are the trained model
+        settings: Export { verify: Verify::Off, ..inputs.spec.export.clone() },
     };
     job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
@@ -226,6 +296,9 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<S
         licence: inputs.resolved.licence.as_deref(),
         run: Some((spec, folder)),
         max_shard_bytes: None,
+        untrained: trained.as_ref().map(|_| &inputs.base),
+        trained_over: None,
+        settings: spec.export.clone(),
     };
     match target {
         Destination::File(target) => {
@@ -278,113 +351,6 @@ fn greeting() -> Message {
     Message::new("user", "What can you do for me?")
 }
 
-/// What is exported.
-struct Job<'a> {
-    name: &'a str,
-    reference: &'a str,
-    /// What the base sets in Ollama, where it is from there.
-    ollama: Option<&'a OllamaSettings>,
-    base: &'a BaseModel,
-    adapter: &'a Adapter,
-    tokenizer: &'a Tokenizer,
-    licence: Option<&'a str>,
-    run: Option<(&'a RunSpec, &'a RunFolder)>,
-    max_shard_bytes: Option<u64>,
-}
-
-impl Job<'_> {
-    /// Exports with a progress bar, and tells what the user should know about the result.
-    fn write(&self, target: ExportTarget, out: &Path, replace_folder: bool) -> Result<ExportReport> {
-        if self.adapter.trained_on(self.base)? == Some(false) {
-            eprintln!(
-                "note      the adapter was trained over other weights of this model than {}",
-                self.reference
-            );
-        }
-        let spec = self.spec();
-        let over_nf4 = spec.is_some_and(|spec| spec.model.quantization == Quantization::Nf4);
-        if over_nf4 && matches!(target, ExportTarget::Gguf(_) | ExportTarget::Safetensors) {
-            eprintln!("note      trained over NF4, merged into the weights that NF4 was made from");
-        }
-        // The date that training used, so that a template which shows one is recognised.
-        let template = match &self.base.chat_template {
-            Some(_) => Some(ChatTemplate::from_base(self.base, self.tokenizer, Clock::Fixed)?),
-            None => None,
-        };
-        let render = |messages: &[(&str, &str)], add_generation_prompt: bool| {
-            let messages: Vec<Message> =
-                messages.iter().map(|(role, content)| Message::new(role, content)).collect();
-            template.as_ref()?.render(&messages, None, add_generation_prompt).ok()
-        };
-        let tokenizer_json = match (&self.base.source, target) {
-            (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
-            _ => None,
-        };
-        let companions = if target.is_folder() { self.companions(target)? } else { Vec::new() };
-        let settings = self.ollama.cloned().unwrap_or_default();
-        let stop: Vec<String> = settings.stop().into_iter().map(str::to_owned).collect();
-        let options = ExportOptions {
-            name: Some(self.name),
-            chat_template: None,
-            ollama_base: self.reference.strip_prefix("ollama:").map(|name| OllamaBase {
-                name,
-                template: settings.template.as_deref(),
-                system: settings.system.as_deref(),
-                stop: &stop,
-            }),
-            tokenizer_json: tokenizer_json.as_deref(),
-            max_shard_bytes: self.max_shard_bytes,
-            companions: &companions,
-            verification: spec.map_or(Verification::Strict, |spec| match spec.export.verify {
-                Verify::Strict => Verification::Strict,
-                Verify::Warn => Verification::Warn,
-                Verify::Off => Verification::Off,
-            }),
-            replace_folder,
-            render: Some(&render),
-        };
-        let request = ExportRequest { base: self.base, adapter: self.adapter, target, out, options };
-        let bar = bar(target);
-        let report = export(&request, &mut |event| show(&bar, event));
-        bar.finish_and_clear();
-        let report = report?;
-        for note in &report.notes {
-            eprintln!("note      {note}");
-        }
-        if let Some(retention) = report.retention {
-            tell_retention(target, retention);
-        }
-        Ok(report)
-    }
-
-    fn spec(&self) -> Option<&RunSpec> {
-        self.run.map(|(spec, _)| spec)
-    }
-
-    /// The model card, and the picture that it shows.
-    fn companions(&self, target: ExportTarget) -> Result<Vec<(&'static str, String)>> {
-        let digest = match &self.adapter.config.provenance.base_digest {
-            Some(digest) => digest.clone(),
-            None => self.base.digest()?,
-        };
-        let card = Card {
-            name: self.name,
-            target,
-            reference: self.reference,
-            licence: self.licence,
-            base: self.base,
-            digest: &digest,
-            run: self.run,
-        };
-        let mut companions = vec![("README.md", card.render())];
-        if let Some((_, folder)) = self.run {
-            let curve = loss_plot::svg(&folder.read_metrics()?);
-            companions.extend(curve.map(|svg| (model_card::LOSS_CURVE, svg)));
-        }
-        Ok(companions)
-    }
-}
-
 /// What `--to` and the recipe's targets name.
 enum Destination {
     File(ExportTarget),
@@ -414,21 +380,6 @@ fn parse_file_target(text: &str) -> Result<ExportTarget> {
         }
         error => error.into(),
     })
-}
-
-fn tell_retention(target: ExportTarget, retention: Retention) {
-    eprintln!(
-        "kept      {:.1} % of the update, which is {:.2} % of the weights; rounding adds {:.0} % of it",
-        100.0 * retention.kept,
-        100.0 * retention.relative_update,
-        100.0 * retention.error,
-    );
-    if retention.kept < LEAST_KEPT || retention.error > LARGEST_ERROR {
-        eprintln!(
-            "warning   {target} is too coarse for an update of this size and may answer like the base: use gguf:q8_0, \
-             gguf:f16 or gguf-lora"
-        );
-    }
 }
 
 fn read_adapter(folder: &RunFolder, is_run: bool) -> Result<Adapter> {
@@ -463,28 +414,4 @@ fn name_of(path: &Path) -> String {
     let name =
         path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     name.unwrap_or_else(|| "model".to_owned())
-}
-
-fn bar(target: ExportTarget) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{msg:9} {wide_bar} {pos}/{len} tensors");
-    ProgressBar::new(0)
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        .with_message(target.to_string())
-}
-
-fn show(bar: &ProgressBar, event: ExportEvent) {
-    match event {
-        ExportEvent::Started { tensors, .. } => bar.set_length(2 * tensors as u64),
-        ExportEvent::Wrote { done, .. } => {
-            bar.set_message("writing");
-            bar.set_position(done as u64);
-        }
-        ExportEvent::Verified { done, tensors } => {
-            bar.set_message("verifying");
-            bar.set_position((tensors + done) as u64);
-        }
-    }
 }

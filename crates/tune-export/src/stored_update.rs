@@ -1,4 +1,5 @@
-//! How much of a fine-tune survives being rounded to the type of the exported file.
+//! How much of an update the weights of an exported file hold. What that does to the model's answers is another
+//! question, and only running the model tells: *retention* is measured there, on held-out data.
 //!
 //! With the base's weights W, the wanted W + Δ and what the file holds, W + Δ̂:
 //!
@@ -7,16 +8,16 @@
 //! error = ‖Δ̂ − Δ‖ / ‖Δ‖
 //! ```
 //!
-//! Typical updates are below one percent of a weight, far less than a step of a 4-bit grid, so merging into one can
+//! Typical updates are a few percent of a weight, less than a step of a 4-bit grid, so rounding to the nearest can
 //! erase them.
 
 use std::ops::{Add, AddAssign};
 
 use serde::Serialize;
 
-/// The fraction of the adapter's effect that the exported weights hold, over all changed matrices.
+/// The part of the adapter's update that the exported weights hold, over all changed matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Retention {
+pub struct StoredUpdate {
     /// Component of the stored change along the wanted one; 1 is perfect.
     pub kept: f64,
     /// Rounding error relative to the wanted change; 0 is perfect.
@@ -49,8 +50,8 @@ impl Effect {
     }
 
     /// `None` when the adapter changes nothing.
-    pub(crate) fn retention(self) -> Option<Retention> {
-        (self.wanted_wanted > 0.0).then(|| Retention {
+    pub(crate) fn stored_update(self) -> Option<StoredUpdate> {
+        (self.wanted_wanted > 0.0).then(|| StoredUpdate {
             kept: self.stored_wanted / self.wanted_wanted,
             error: (self.error_error / self.wanted_wanted).sqrt(),
             relative_update: (self.wanted_wanted / self.base_base).sqrt(),
@@ -84,10 +85,10 @@ mod tests {
     #[test]
     fn perfect_and_erased() {
         let (base, merged) = ([1.0, 2.0, -3.0], [1.1, 2.0, -3.2]);
-        let perfect = Effect::of_rows(&base, &merged, &merged).retention().expect("changed");
+        let perfect = Effect::of_rows(&base, &merged, &merged).stored_update().expect("changed");
         assert!((perfect.kept - 1.0).abs() < 1e-12 && perfect.error < 1e-12, "{perfect:?}");
-        let erased = Effect::of_rows(&base, &merged, &base).retention().expect("changed");
+        let erased = Effect::of_rows(&base, &merged, &base).stored_update().expect("changed");
         assert!(erased.kept.abs() < 1e-12 && (erased.error - 1.0).abs() < 1e-12, "{erased:?}");
-        assert_eq!(Effect::of_rows(&base, &base, &base).retention(), None);
+        assert_eq!(Effect::of_rows(&base, &base, &base).stored_update(), None);
     }
 }
