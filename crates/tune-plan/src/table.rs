@@ -162,12 +162,10 @@ impl Answer {
             }
             let budget_at = budget.map(scaled);
             let rest: String = (drawn..=width)
-                .map(|column| {
-                    match budget_at {
-                        Some(at) if at == column => '|',
-                        Some(at) if at > column => '.',
-                        _ => ' ',
-                    }
+                .map(|column| match budget_at {
+                    Some(at) if at == column => '|',
+                    Some(at) if at > column => '.',
+                    _ => ' ',
                 })
                 .collect();
             line(text, rest.trim_end());

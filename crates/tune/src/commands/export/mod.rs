@@ -19,10 +19,10 @@ use tune_quant::BlockType;
 use tune_recipe::{Export, Merge, Method, RunSpec, Verify};
 use tune_train::RunFolder;
 
+use crate::download;
 use crate::exit::{INTERRUPTED, UsageError};
 use crate::inputs::{self, Inputs};
 use crate::model::trained_base;
-use crate::download;
 use job::Job;
 use ollama::{Creation, OllamaTarget};
 
