@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use tune_recipe::Method;
 
-use crate::advice::{Limit, Room, Way};
+use crate::advice::{Change, Limit, Room, Way};
 use crate::answer::Answer;
 use crate::estimate::Term;
 use crate::memory::{Pool, is_on_host};
@@ -224,7 +224,7 @@ impl Answer {
         };
         let show = |text: &mut String, (way, settings): &(&Way, String)| {
             line(text, &format!("  {settings}"));
-            let costs: Vec<_> = way.changes.iter().map(super::advice::Change::cost).collect();
+            let costs: Vec<_> = way.changes.iter().map(Change::cost).collect();
             line(
                 text,
                 &format!("      then at most {}; {}", format_bytes(way.needed_bytes), costs.join(", ")),
