@@ -6,7 +6,7 @@ use burn::backend::Flex;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
-use tune_quant::{BlockType, ByteView, RowOrder, StoredMatrix};
+use tune_quant::{BlockType, ByteView, RowOrder, SharedBytes, StoredMatrix};
 
 use crate::{FrozenVector, FrozenWeight, cpu};
 
@@ -80,6 +80,7 @@ impl Weight {
                 let mut values = vec![0.0; rows * cols];
                 let decoded = values.par_chunks_exact_mut(cols.max(1)).enumerate();
                 decoded.with_min_len(16).for_each(|(row, out)| weight.matrix().decode_row(row, out));
+                weight.matrix().release();
                 Self::Trained(Tensor::from_data(TensorData::new(values, [rows, cols]), device))
             }
             Self::Trained(_) => self.clone(),
@@ -201,6 +202,8 @@ fn view(tensor: &Tensor<2>) -> StoredMatrix {
 }
 
 struct TensorBytes(FlexTensor);
+
+impl SharedBytes for TensorBytes {}
 
 impl AsRef<[u8]> for TensorBytes {
     fn as_ref(&self) -> &[u8] {

@@ -11,11 +11,12 @@ pub mod reference;
 mod shape;
 mod size;
 mod table;
+mod terms;
 mod weights;
 
 pub use calibration::{Calibration, FLEX};
 pub use catalogue::{CatalogueShape, catalogue, find as find_in_catalogue};
-pub use estimate::{Basis, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
+pub use estimate::{Basis, DataFacts, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
 pub use reference::Reference;
 pub use shape::Shape;
 pub use size::parse_size;

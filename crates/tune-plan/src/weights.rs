@@ -12,9 +12,6 @@ use crate::Shape;
 pub struct WeightBytes {
     /// Held through the run.
     pub held: u64,
-    /// Pages of the file that are read once, while quantising, and may stay in memory for as long as nobody needs
-    /// it.
-    pub passing: u64,
     /// Weights, tied ones once.
     pub parameters: u64,
     /// Bits of a weight of the block linears, scales included, rounded down.
@@ -52,7 +49,6 @@ pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<Weight
         let is_16_bit = stored >= 2 * elements;
         let to_nf4 = quantization == Quantization::Nf4 && is_16_bit && is_block_linear(&name);
         let held = if to_nf4 { nf4_bytes(elements) } else { stored };
-        sum.passing += if to_nf4 { stored } else { 0 };
         sum.held += held;
         if is_block_linear(&name) {
             linear_bytes += held;
@@ -75,7 +71,6 @@ pub fn from_shape(shape: &Shape, method: Method) -> WeightBytes {
     };
     WeightBytes {
         held: linear_bytes + sixteen(shape.embedding_parameters()) + 4 * shape.vector_parameters(),
-        passing: 0,
         parameters: shape.parameters(),
         linear_bits: (8 * linear_bytes / linears.max(1)) as u32,
     }

@@ -17,4 +17,4 @@ mod stored;
 pub use block_type::BlockType;
 pub use nf4::Nf4;
 pub use simd::{Decoded, InstructionSet};
-pub use stored::{ByteView, RowOrder, Storage, StoredMatrix};
+pub use stored::{ByteView, RowOrder, SharedBytes, Storage, StoredMatrix};

@@ -9,18 +9,31 @@ use half::bf16;
 use crate::nf4::Nf4Quantizer;
 use crate::{BlockType, Decoded, InstructionSet, Nf4};
 
+/// Bytes that several views share.
+pub trait SharedBytes: AsRef<[u8]> + Send + Sync {
+    /// These bytes are not needed for now: a file's pages may leave memory until they are read again. The content stays.
+    fn release(&self, _range: Range<usize>) {}
+}
+
+impl SharedBytes for Vec<u8> {}
+
 /// A range of bytes owned by something shared: a memory map, or a vector.
 #[derive(Clone)]
 pub struct ByteView {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn SharedBytes>,
     range: Range<usize>,
 }
 
 impl ByteView {
     /// The bytes `range` of `owner`, or `None` when `owner` is shorter.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
+    pub fn new(owner: Arc<dyn SharedBytes>, range: Range<usize>) -> Option<Self> {
         let len = (*owner).as_ref().len();
         (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
+    }
+
+    /// Lets the pages of a mapped file leave memory until they are read again.
+    pub fn release(&self) {
+        self.owner.release(self.range.clone());
     }
 }
 
@@ -138,6 +151,13 @@ impl StoredMatrix {
             cols: self.cols,
             storage: Storage::Nf4(Arc::new(quantizer.finish())),
             row_order: RowOrder::Natural,
+        }
+    }
+
+    /// Lets what is mapped from a file leave memory until it is read again: after its last use, or long before the next.
+    pub fn release(&self) {
+        if let Storage::Blocks { bytes, .. } = &self.storage {
+            bytes.release();
         }
     }
 

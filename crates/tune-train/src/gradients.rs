@@ -13,6 +13,7 @@ use burn::tensor::{Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
 use tune_kernels::{Arithmetic, add_embedding_gradient, alias, linear_cross_entropy, seed_gradient};
+use tune_memory::end_phase;
 use tune_models::{Block, Context, Layout, Llama, Output};
 
 /// Rows of the hidden states that go through the head at once in `f32`.
@@ -76,7 +77,9 @@ impl GradientSum {
             }
         });
 
+        end_phase("forward");
         let (loss, mut upstream) = self.add_output(model, hidden, trained, scale);
+        end_phase("loss");
         self.blocks.resize_with(blocks.len(), Vec::new);
         for (i, (block, kept)) in blocks.iter().zip(kept).enumerate().rev() {
             let Some(dy) = upstream.take() else { break };
@@ -95,6 +98,7 @@ impl GradientSum {
             let sum = self.embedding.pop().unwrap_or_else(zero);
             self.embedding.push(add_embedding_gradient(sum, &batch.input_ids, &dx));
         }
+        end_phase("block");
         loss
     }
 

@@ -51,12 +51,31 @@ pub struct DoesNotFit {
     pub help: String,
 }
 
+/// A run that was stopped because it used more than its budget.
+#[derive(Debug, Error, Diagnostic)]
+#[error("the run used {used}, {beyond} more than the {budget} it may use ({planned} were planned); {saved}")]
+pub struct OverBudget {
+    /// Measured peak, for people.
+    pub used: String,
+    /// What it may use.
+    pub budget: String,
+    /// The difference.
+    pub beyond: String,
+    /// What the plan said.
+    pub planned: String,
+    /// What is kept of the run.
+    pub saved: String,
+    /// What to change.
+    #[help]
+    pub help: String,
+}
+
 /// The exit code of an error that reached `main`.
 pub fn code_of(report: &Report) -> ExitCode {
     let is_bad_reference = matches!(report.downcast_ref(), Some(HubError::BadReference { .. }));
     let code = if report.is::<RecipeError>() || report.is::<UsageError>() || is_bad_reference {
         USAGE
-    } else if report.is::<DoesNotFit>() {
+    } else if report.is::<DoesNotFit>() || report.is::<OverBudget>() {
         DOES_NOT_FIT
     } else if report.is::<DataError>() {
         BAD_DATA

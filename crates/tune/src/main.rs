@@ -6,6 +6,7 @@
 // Nothing of a binary can be reached from outside; `pub` here says "used by other modules".
 #![allow(unreachable_pub)]
 
+mod calibration;
 mod commands;
 mod download;
 mod exit;
@@ -20,6 +21,9 @@ mod samples;
 use std::process::ExitCode;
 
 use clap::Parser;
+
+#[global_allocator]
+static BLOCKS: tune_memory::Blocks = tune_memory::Blocks;
 
 #[derive(Parser)]
 #[command(
@@ -36,7 +40,6 @@ struct Cli {
 
 fn main() -> ExitCode {
     machine::note_the_start();
-    machine::keep_freed_memory();
     let cli = Cli::parse();
     if !matches!(cli.command, commands::Command::Train(_)) {
         machine::end_with_the_reader();

@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tune_quant::{BlockType, ByteView};
+use tune_quant::{BlockType, ByteView, SharedBytes};
 
 use super::cursor::{Cursor, ListedTensor};
 use super::{ALIGNMENT, Metadata, Value, split};
 use crate::FormatError;
-use crate::mapped::{SharedBytes, map};
+use crate::mapped::map;
 
 /// The fewest bytes of a metadata record: key length, one character, type, one byte.
 const MIN_RECORD: usize = 8 + 1 + 4 + 1;
@@ -43,7 +43,7 @@ pub struct TensorInfo {
 /// One part of a file.
 struct Shard {
     path: PathBuf,
-    bytes: SharedBytes,
+    bytes: Arc<dyn SharedBytes>,
 }
 
 impl GgufFile {
@@ -112,7 +112,7 @@ impl GgufFile {
             .ok_or_else(|| FormatError::tensor(&tensor.name, format!("is not in {}", self.path.display())))
     }
 
-    fn from_shard(path: &Path, bytes: SharedBytes) -> Result<Self, FormatError> {
+    fn from_shard(path: &Path, bytes: Arc<dyn SharedBytes>) -> Result<Self, FormatError> {
         let (metadata, tensors) = parse(path, (*bytes).as_ref())?;
         let by_name = tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
         let shards = vec![Shard { path: path.to_owned(), bytes }];

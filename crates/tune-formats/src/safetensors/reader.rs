@@ -8,18 +8,18 @@ use std::sync::Arc;
 
 use ::safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
-use tune_quant::{BlockType, ByteView};
+use tune_quant::{BlockType, ByteView, SharedBytes};
 
 use super::{INDEX, SINGLE, block_type};
 use crate::FormatError;
-use crate::mapped::{SharedBytes, map};
+use crate::mapped::map;
 
 /// Tensors of one safetensors file or of a sharded set.
 pub struct SafetensorsFiles {
     path: PathBuf,
     tensors: BTreeMap<String, TensorEntry>,
     metadata: BTreeMap<String, String>,
-    parts: Vec<(PathBuf, SharedBytes)>,
+    parts: Vec<(PathBuf, Arc<dyn SharedBytes>)>,
 }
 
 /// A tensor of a safetensors file, as listed in its header.

@@ -4,7 +4,7 @@
 //! to repeat a whole one.
 
 mod generate;
-mod host;
+pub mod host;
 mod peak;
 mod register_peak;
 mod text;

@@ -10,7 +10,7 @@ use tune_plan::{MemoryPlan, PlanInput, Shape, WeightBytes, reference};
 use tune_recipe::{Budget, Layers, Method, OnExceed, Override, Quantization, TargetModules};
 
 use crate::exit::{DOES_NOT_FIT, UsageError};
-use crate::{download, inputs, machine};
+use crate::{calibration, download, inputs, machine};
 
 #[derive(clap::Args)]
 #[command(
@@ -106,9 +106,11 @@ fn of_recipe(path: &Path, args: &Args, device: Option<Budget>) -> miette::Result
     let budget = usable(device.unwrap_or(spec.memory.budget));
     let on_exceed = spec.memory.on_exceed;
     loop {
-        let input = PlanInput::from_spec(&spec, known.name.clone(), known.shape, weights, budget)
-            .keep_what_fits(&spec);
-        let plan = tune_plan::estimate(&input);
+        let input = PlanInput {
+            calibration: calibration::current(),
+            ..PlanInput::from_spec(&spec, known.name.clone(), known.shape, weights, budget)
+        };
+        let plan = tune_plan::estimate(&input.keep_what_fits(&spec));
         let may_shrink = on_exceed == OnExceed::Fit && plan.fits == Some(false);
         if !(may_shrink && spec.shrink_micro_batch()) {
             return Ok((plan, on_exceed != OnExceed::Warn));
@@ -147,6 +149,8 @@ fn of_model(model: &str, args: &Args, device: Option<Budget>) -> miette::Result<
         dtype: machine::fastest_dtype(),
         dropout: false,
         kept_blocks: 0,
+        data: None,
+        calibration: calibration::current(),
         budget_bytes,
     });
     Ok((plan, true))

@@ -9,8 +9,9 @@ use indicatif::{HumanBytes, HumanDuration};
 use miette::IntoDiagnostic;
 use owo_colors::{OwoColorize, Stream};
 use tune_data::{BatchOptions, Batcher};
+use tune_memory::{peak_resident_bytes, phase_peaks, return_free_memory};
 use tune_recipe::{Method, Override, Quantization, Resume, RunSpec};
-use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
+use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, sft};
 
 use super::export;
 use crate::exit::{INTERRUPTED, UsageError};
@@ -79,9 +80,12 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         },
     ));
     let (train, held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+    let mut train = Batcher::new(train, batch_options(&inputs.spec, inputs.spec.train.shuffle))?;
+    let mut validation = Batcher::new(held_out, batch_options(&inputs.spec, false))?;
+    return_free_memory(); // what reading the rows has needed
 
     // Does it fit?
-    let gate = memory_gate::check(&mut inputs.spec, base, &train)?;
+    let gate = memory_gate::check(&mut inputs.spec, base, [&mut train, &mut validation])?;
     say(gate.summary());
     if args.dry_run {
         return Ok(ExitCode::SUCCESS);
@@ -96,13 +100,14 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let setup = Setup {
         spec,
         base,
-        train: Batcher::new(train, batch_options(spec, spec.train.shuffle))?,
-        validation: Batcher::new(held_out, batch_options(spec, false))?,
+        train,
+        validation,
         folder: folder.clone(),
-        plan: gate.json(None),
+        plan: gate.json(None, &[]),
         kept_blocks: gate.kept_blocks(),
         resume_from,
         stop: &stop,
+        memory_limit: gate.limit(spec.memory.on_exceed),
     };
     let mut progress = Progress::new(mode, gate.peak_bytes(), spec.train.logging_steps);
     let outcome = sft(&setup, &mut |event| progress.show(&event));
@@ -118,6 +123,10 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             n => format!("stopped   after step {n}; go on with: tune train {}", folder.recipe().display()),
         });
         return Ok(ExitCode::from(INTERRUPTED));
+    }
+    if let Finish::OverBudget { peak_bytes } = outcome.finish {
+        folder.write(&folder.plan(), gate.json(Some(peak_bytes), &phase_peaks()).as_bytes())?;
+        return Err(gate.over_budget(peak_bytes, &outcome, &folder).into());
     }
     if trains_all {
         export::write_trained_model(&folder, &inputs, &outcome.model)?;
@@ -224,8 +233,8 @@ fn stop_on_ctrl_c() -> miette::Result<Arc<AtomicBool>> {
 fn report_end(folder: &RunFolder, gate: &Gate, say: &dyn Fn(String)) -> miette::Result<()> {
     let mut metrics = folder.read_metrics()?;
     // The steps before an interruption count as well.
-    let measured = metrics.iter().filter_map(|m| m.peak_memory_bytes).chain(peak_memory_bytes()).max();
-    folder.write(&folder.plan(), gate.json(measured).as_bytes())?;
+    let measured = metrics.iter().filter_map(|m| m.peak_memory_bytes).chain(peak_resident_bytes()).max();
+    folder.write(&folder.plan(), gate.json(measured, &phase_peaks()).as_bytes())?;
     let Some(last) = metrics.pop() else { return Ok(()) };
     let elapsed = HumanDuration(std::time::Duration::from_secs_f64(last.elapsed_s));
     say(format!("trained   {} steps in {elapsed}, loss {:.4}", last.step, last.loss));

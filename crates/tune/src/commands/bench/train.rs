@@ -131,20 +131,23 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let documents =
         args.text.documents(all_steps * args.batch.get(), args.seq, &inputs.tokenizer, &inputs.base)?;
     let rows: Vec<Sample> = documents.into_iter().map(|ids| Sample::new(ids, vec![true; args.seq])).collect();
-    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &rows)?;
+    let mut train = Batcher::new(rows, batch_options(&inputs.spec, inputs.spec.train.shuffle))?;
+    let mut validation = Batcher::new(Vec::new(), batch_options(&inputs.spec, false))?;
+    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, [&mut train, &mut validation])?;
 
     let spec = &inputs.spec;
     let folder = tempfile::tempdir().into_diagnostic()?;
     let setup = Setup {
         spec,
         base: &inputs.base,
-        train: Batcher::new(rows, batch_options(spec, spec.train.shuffle))?,
-        validation: Batcher::new(Vec::new(), batch_options(spec, false))?,
+        train,
+        validation,
         folder: RunFolder::new(folder.path()),
-        plan: gate.json(None),
+        plan: gate.json(None, &[]),
         kept_blocks: gate.kept_blocks(),
         resume_from: None,
         stop: &AtomicBool::new(false),
+        memory_limit: None,
     };
     let mut watch = Watch::default();
     sft(&setup, &mut |event| watch.note(event))?;
@@ -244,7 +247,7 @@ impl Watch {
                 });
                 self.peak_rss_bytes = step.peak_memory_bytes;
             }
-            Event::Saved { .. } | Event::StoppedEarly { .. } => {}
+            Event::OverBudget { .. } | Event::Saved { .. } | Event::StoppedEarly { .. } => {}
         }
         self.cpu_seconds = cpu_seconds;
     }
