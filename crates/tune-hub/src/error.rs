@@ -69,6 +69,73 @@ pub enum HubError {
         help: String,
     },
 
+    /// No Ollama server answers.
+    #[error("no Ollama server at {url}: {reason}")]
+    #[diagnostic(help("start it with `ollama serve`, or set OLLAMA_HOST to the address of the one to use"))]
+    NoOllamaServer {
+        /// Its address.
+        url: String,
+        /// What the attempt ended with.
+        reason: String,
+    },
+
+    /// An Ollama server that cannot do it yet.
+    #[error("Ollama {found} is too old for {what}: expected {needed} or newer")]
+    #[diagnostic(help("update it: https://ollama.com/download"))]
+    OllamaTooOld {
+        /// Its version.
+        found: String,
+        /// The version that can.
+        needed: String,
+        /// What was asked of it.
+        what: &'static str,
+    },
+
+    /// An Ollama server that answers with an error.
+    #[error("Ollama at {url} refuses {what}: {reason}")]
+    #[diagnostic(help("{help}"))]
+    OllamaRefused {
+        /// Its address.
+        url: String,
+        /// What was asked of it.
+        what: String,
+        /// Its own words.
+        reason: String,
+        /// What to do.
+        help: String,
+    },
+
+    /// An Ollama server that stopped to answer.
+    #[error("Ollama at {url} broke off {what}: {reason}")]
+    #[diagnostic(help(
+        "check that it runs (`ollama serve`) and run the same command again: what it has already is not sent twice"
+    ))]
+    OllamaGone {
+        /// Its address.
+        url: String,
+        /// What was asked of it.
+        what: String,
+        /// What the connection ended with.
+        reason: String,
+    },
+
+    /// An upload that broke off.
+    #[error("the upload of {} broke off after {sent} of {bytes} bytes: {reason}", file.display())]
+    #[diagnostic(help(
+        "a full disk of the server ends uploads like this, and so does a server that stops; then run the same command \
+         again: files that it has whole are not sent twice"
+    ))]
+    OllamaUpload {
+        /// The file.
+        file: PathBuf,
+        /// Bytes read from it.
+        sent: u64,
+        /// Its bytes.
+        bytes: u64,
+        /// What the connection ended with.
+        reason: String,
+    },
+
     /// `HF_HUB_OFFLINE` is set and the model is not in the cache.
     #[error("HF_HUB_OFFLINE is set and {reference} is not (wholly) in the cache {cache}")]
     #[diagnostic(help("unset HF_HUB_OFFLINE to download it, or set HF_HOME to the cache that has it"))]

@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Settings of [`crate::resolve()`].
+use crate::ollama_host::OllamaHost;
+
+/// Settings of [`crate::resolve()`] and [`crate::OllamaServer::connect`].
 #[derive(Debug, Clone)]
 pub struct Options {
     /// What `~` stands for in a reference.
@@ -17,6 +19,8 @@ pub struct Options {
     pub hub: HubOptions,
     /// Ollama stores to read, best first: `OLLAMA_MODELS` alone if set, else the usual places.
     pub ollama_stores: Vec<PathBuf>,
+    /// The Ollama server: `OLLAMA_HOST`.
+    pub ollama_host: OllamaHost,
     /// Ways to start `pip`, best first; the first one that answers `--version` is used.
     pub pip: Vec<Vec<OsString>>,
     /// Ask the Hub for the newest revision even if an older one is in the cache.
@@ -83,6 +87,7 @@ impl Options {
             },
             ollama_stores: path("OLLAMA_MODELS")
                 .map_or_else(|| usual_ollama_stores(&home), |path| vec![expand_home(&path, &home)]),
+            ollama_host: OllamaHost::parse(text("OLLAMA_HOST").as_deref()),
             pip: usual_pip_commands(),
             refresh: false,
             home,

@@ -6,6 +6,7 @@
 
 mod calibration;
 mod catalogue;
+mod device;
 mod estimate;
 pub mod reference;
 mod shape;
@@ -16,6 +17,7 @@ mod weights;
 
 pub use calibration::{Calibration, FLEX};
 pub use catalogue::{CatalogueShape, catalogue, find as find_in_catalogue};
+pub use device::{Device, DeviceChoice, DeviceKind, UnknownDevice, device_names, parse_device};
 pub use estimate::{Basis, DataFacts, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
 pub use reference::Reference;
 pub use shape::Shape;
