@@ -3,9 +3,10 @@
 
     measure.py TUNE SMOLLM2.gguf [--folder DIR] [--only TEXT] [--markdown FILE]
 
-Measured is VmHWM of the process as the kernel gives it to the one that waits for it: everything that was resident at
-any time, mapped weights, program and libraries included. Predicted is what the plan said before the first step. A
-case is good within 5 % of the prediction and not above the verdict's bound. Exits with 1 if one is not.
+Measured is VmHWM, which each process reads of itself at the end of its run: everything that was resident at any time,
+mapped weights, program and libraries included. (What the kernel tells the one that waits for a process includes the
+memory of the program that started it.) Predicted is what the plan said before the first step. A case is good within
+5 % of the prediction and not above the verdict's bound. Exits with 1 if one is not.
 
 Needs numpy and safetensors (tests/e2e/requirements.txt).
 """
@@ -81,13 +82,11 @@ def run(models, model, kind, values):
         out = folder / "run"
         command = [str(models.tune), "train", str(recipe), "--out", str(out), "--quiet"]
         environment = {**os.environ, "TUNE_NO_CACHE": "1"}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        stderr = process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
         if process.returncode:
-            sys.exit(f"{' '.join(command)} exits with {process.returncode}\n{recipe.read_text()}\n{stderr}")
-        return json.loads((out / "plan.json").read_text()), usage.ru_maxrss * 1024
+            sys.exit(f"{' '.join(command)} exits with {process.returncode}\n{recipe.read_text()}\n{process.stderr}")
+        plan = json.loads((out / "plan.json").read_text())
+        return plan, plan["measured"]["peak_bytes"]
 
 
 def write_rows(path, vocab, values):

@@ -144,6 +144,7 @@ fn verify(
                     }
                     Ok(())
                 })?;
+                found.release();
             }
         }
         progress(ExportEvent::Verified { done, tensors: tensors.len() });

@@ -27,7 +27,8 @@ impl SharedBytes for MappedFile {
         {
             /// A multiple of every page size in use.
             const PAGE: usize = 64 << 10;
-            let (start, end) = (range.start.next_multiple_of(PAGE), range.end.min(self.0.len()) / PAGE * PAGE);
+            let (start, end) =
+                (range.start.next_multiple_of(PAGE), range.end.min(self.0.len()) / PAGE * PAGE);
             if start < end {
                 // SAFETY: a read-only mapping of a file: what is dropped is read from the file again, with the same content.
                 // An error leaves the pages where they are.

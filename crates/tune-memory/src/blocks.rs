@@ -54,7 +54,6 @@ pub fn blocks_in_use() -> u64 {
     pool().in_use as u64
 }
 
-
 fn is_large(layout: Layout) -> bool {
     cfg!(target_os = "linux") && layout.size() >= LARGE && layout.align() <= PAGE
 }
@@ -220,7 +219,8 @@ impl Pool {
 
     /// A kept block of this size, else a part of the smallest that is larger, else the largest, grown.
     fn reuse(&mut self, len: usize) -> Option<(NonNull<u8>, usize)> {
-        let sizes = || self.kept[..self.count].iter().enumerate().filter_map(|(i, kept)| Some((i, (*kept)?.len)));
+        let sizes =
+            || self.kept[..self.count].iter().enumerate().filter_map(|(i, kept)| Some((i, (*kept)?.len)));
         // The newest of the same size: most of it may still be in a cache.
         if let Some((index, _)) = sizes().rev().find(|(_, size)| *size == len) {
             return Some((self.remove(index)?.block, len));

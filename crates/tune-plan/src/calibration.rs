@@ -15,6 +15,10 @@ pub struct Calibration {
     pub process_bytes: u64,
     /// Tokenizer and its index, per token of the vocabulary.
     pub bytes_per_vocabulary_entry: u64,
+    /// The same while it is read from a GGUF file.
+    pub bytes_per_entry_of_gguf: u64,
+    /// The same while it is read from a `tokenizer.json`.
+    pub bytes_per_entry_of_json: u64,
     /// Half-width of the range around the estimate, in thousandths of it.
     pub margin_permille: u64,
     /// Measured on this machine, not shipped.
@@ -25,8 +29,10 @@ pub struct Calibration {
 /// burn's pure-Rust CPU backend, measured on two Zen 4 cores; see docs/memory-measured.md.
 pub const FLEX: Calibration = Calibration {
     threads: 2,
-    process_bytes: 16 << 20,
-    bytes_per_vocabulary_entry: 512,
+    process_bytes: 31 << 19,
+    bytes_per_vocabulary_entry: 400,
+    bytes_per_entry_of_gguf: 530,
+    bytes_per_entry_of_json: 1300,
     margin_permille: 50,
     measured_here: false,
 };

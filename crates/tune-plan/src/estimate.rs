@@ -145,7 +145,7 @@ pub struct Term {
 /// Memory at the worst moment of one phase of a step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PhaseBytes {
-    /// `loss`, `block` or `step`.
+    /// `load`, `loss`, `block` or `step`.
     pub name: &'static str,
     /// Its bytes, unused room in the allocator included.
     pub bytes: u64,

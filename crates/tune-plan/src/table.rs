@@ -57,6 +57,7 @@ impl MemoryPlan {
         writeln!(f, "\nphases      the peak is the largest of them; not all terms live at once")?;
         for phase in &estimate.phases {
             let moment = match phase.name {
+                "load" => "reading the tokenizer",
                 "loss" => "loss",
                 "block" => "backward of a block",
                 _ => "optimizer step",

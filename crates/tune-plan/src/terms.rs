@@ -1,7 +1,9 @@
-//! What lives when: every byte of a run as a named term, and the three phases of a step that they add up to.
+//! What lives when: every byte of a run as a named term, and the phases that they add up to: reading the tokenizer, and
+//! three of a step.
 //!
 //! ```text
 //! static = base weights + adapters + optimizer state + process + tokenizer + rows + task buffers
+//! load   = process + tokenizer while it is read
 //! loss   = static + gradients so far + block inputs + kept activations + hidden states + logits
 //! block  = static + gradients + block inputs + activations + what passes through one block's backward
 //! step   = static + gradients, since AdamW changes parameters and moments in place
@@ -27,11 +29,18 @@ const LOSS_CHUNK: u64 = 128;
 /// Logits of a group, of which `bf16` keeps a maximum and a sum. `GROUP` of `tune-kernels`.
 const GROUP: u64 = 32;
 
-/// Most columns of a task's tile, the tasks that a product is cut into for each thread, and the bytes of a packed
-/// block of weights. `MOST_COLUMNS`, `TASKS_PER_THREAD` and `Workspace` of `tune-kernels`.
+/// Most columns and rows of a task's tile, the tasks that a product is cut into for each thread, and the bytes of a
+/// packed block of weights. `MOST_COLUMNS`, `MOST_ROWS`, `TASKS_PER_THREAD` and `Workspace` of `tune-kernels`.
 const TILE_COLUMNS: u64 = 320;
+const TILE_ROWS: u64 = 2048;
 const TASKS_PER_THREAD: u64 = 3;
 const PACKED_BLOCK: u64 = 264 << 10;
+
+/// Queries of a key head that one task of attention takes through backward. `TASK_QUERIES` of `tune-kernels`.
+const TASK_QUERIES: u64 = 768;
+
+/// Bytes that a product in `f32` packs in each thread.
+const PACKED_FLOATS: u64 = 1 << 20;
 
 /// Values of a decoded panel in `f32`. `PANEL_FLOATS` of `tune-kernels`.
 const PANEL_FLOATS: u64 = 512 << 10;
@@ -43,7 +52,7 @@ const ROW: u64 = 48 + 32 + 16;
 pub(crate) struct Counted {
     /// Every term of the run.
     pub(crate) terms: Vec<Term>,
-    /// The phases of a step, each the sum of its terms.
+    /// The phases, each the sum of its terms.
     pub(crate) phases: Vec<PhaseBytes>,
 }
 
@@ -51,7 +60,9 @@ pub(crate) struct Counted {
 pub(crate) fn count(input: &PlanInput) -> Counted {
     let mut counting = Counting { input, sizes: Sizes::of(input), terms: Vec::new() };
     let always = counting.always();
+    let load = counting.load();
     let phases = vec![
+        counting.phase("load", &[], load),
         counting.phase("loss", &always, counting.loss()),
         counting.phase("block", &always, counting.block()),
         counting.phase("step", &always, counting.step()),
@@ -154,21 +165,41 @@ impl Counting<'_> {
         let (input, tokens, threads) = (self.input, self.sizes.tokens, self.input.calibration.threads);
         let s = &input.shape;
         if input.dtype == Dtype::F32 {
-            let panel = product(&[F32, PANEL_FLOATS]);
-            return ("task buffers", panel, "decoded rows, a panel at a time".into());
+            let bytes = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
+            return ("task buffers", bytes, format!("a panel of decoded rows, and {threads} threads × 1 MiB"));
         }
         let widest = (2 * s.intermediate_size).max(s.q() + 2 * s.kv());
         let columns =
             widest.div_ceil(TASKS_PER_THREAD * threads.max(1)).next_multiple_of(32).min(TILE_COLUMNS);
-        let tile = product(&[tokens, columns, F32]).saturating_add(PACKED_BLOCK);
-        // Of the longest document, in the backward of attention: keys twice, values, and in f32 the gradients of both.
+        let rows = if input.method == Method::Full { tokens.max(s.vocab_size) } else { tokens }.min(TILE_ROWS);
+        let tile = product(&[rows, columns, F32]).saturating_add(PACKED_BLOCK);
+        // Of the longest document, in the backward of attention: keys twice and values; and in f32 the gradients of both,
+        // unless they are made in parts.
         let (longest, dim) = (input.data.map_or(input.sequence_len, |data| data.longest), s.head_dim);
-        let attention = product(&[longest, dim, 3 * BF16 + 2 * F32]);
+        let group = s.num_attention_heads / s.num_key_value_heads.max(1);
+        let whole = longest.saturating_mul(group) <= TASK_QUERIES;
+        let per_value = 3 * BF16 + if whole { 2 * F32 } else { 0 };
+        let attention = product(&[longest, dim, per_value]);
         let bytes = product(&[threads, tile.saturating_add(attention)]);
         let formula = format!(
-            "{threads} threads × ({tokens} tokens × {columns} × 4 + 264 KiB + {longest} tokens × {dim} × 14)"
+            "{threads} threads × ({rows} rows × {columns} × 4 + 264 KiB + {longest} tokens × {dim} × {per_value})"
         );
         ("task buffers", bytes, formula)
+    }
+
+    /// Before anything of a model is in memory: of a large vocabulary and a small model it is the most.
+    fn load(&self) -> Vec<Named> {
+        let (c, vocab) = (&self.input.calibration, self.input.shape.vocab_size);
+        let per_entry = if self.input.weights.has_json_tokenizer {
+            c.bytes_per_entry_of_json
+        } else {
+            c.bytes_per_entry_of_gguf
+        };
+        let reading = product(&[per_entry, vocab]);
+        vec![
+            ("process", c.process_bytes, c.origin().to_string()),
+            ("tokenizer while read", reading, format!("{per_entry} bytes × {vocab} entries")),
+        ]
     }
 
     /// Hidden states, and either a chunk of logits or the gradients behind them, whichever is more.

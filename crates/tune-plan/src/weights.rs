@@ -1,7 +1,7 @@
 //! Bytes of the frozen weights: from the header of a file, or from dimensions alone.
 
 use serde::Serialize;
-use tune_formats::{BaseModel, FormatError};
+use tune_formats::{BaseModel, FormatError, Source};
 use tune_quant::BlockType;
 use tune_recipe::{Method, Quantization};
 
@@ -12,6 +12,8 @@ use crate::Shape;
 pub struct WeightBytes {
     /// Held through the run.
     pub held: u64,
+    /// The tokenizer is read from a `tokenizer.json`, not from a GGUF file.
+    pub has_json_tokenizer: bool,
     /// Weights, tied ones once.
     pub parameters: u64,
     /// Bits of a weight of the block linears, scales included, rounded down.
@@ -31,7 +33,10 @@ impl WeightBytes {
 /// # Errors
 /// A tensor that cannot be read.
 pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<WeightBytes, FormatError> {
-    let mut sum = WeightBytes::default();
+    let mut sum = WeightBytes {
+        has_json_tokenizer: matches!(base.source, Source::HfDirectory(_)),
+        ..WeightBytes::default()
+    };
     let (mut linear_bytes, mut linear_elements) = (0, 0);
     for name in base.weights.names() {
         let shape = base.weights.shape(&name).unwrap_or_default();
@@ -71,6 +76,7 @@ pub fn from_shape(shape: &Shape, method: Method) -> WeightBytes {
     };
     WeightBytes {
         held: linear_bytes + sixteen(shape.embedding_parameters()) + 4 * shape.vector_parameters(),
+        has_json_tokenizer: false,
         parameters: shape.parameters(),
         linear_bits: (8 * linear_bytes / linears.max(1)) as u32,
     }

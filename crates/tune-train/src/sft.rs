@@ -331,7 +331,8 @@ fn save(setup: &Setup<'_>, state: &State, model: &mut Llama, adam: &AdamW) -> Re
     };
     let names = parameters(model).into_iter().map(|(name, _)| name);
     let moments: Vec<_> = names.zip(adam.moments()).collect();
-    let saved = checkpoint::save(&setup.folder, state, &trained, &moments, setup.spec.checkpoint.save_total_limit);
+    let saved =
+        checkpoint::save(&setup.folder, state, &trained, &moments, setup.spec.checkpoint.save_total_limit);
     end_phase("checkpoint");
     saved
 }

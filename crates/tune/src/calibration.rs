@@ -67,14 +67,17 @@ pub fn choose(path: &std::path::Path, here: &HoldsFor) -> (Calibration, Option<S
                 ("processor", stored.holds_for.processor != here.processor),
                 ("number of threads", stored.holds_for.threads != here.threads),
             ];
-            let differs: Vec<_> = differs.iter().filter_map(|(what, differs)| differs.then_some(*what)).collect();
+            let differs: Vec<_> =
+                differs.iter().filter_map(|(what, differs)| differs.then_some(*what)).collect();
             let note = format!(
                 "the memory constants measured here are for another {}, and the shipped ones are used: tune bench memory",
                 differs.join(" and ")
             );
             (shipped, Some(note))
         }
-        Err(_) => (shipped, Some(format!("{} cannot be read: tune bench memory writes it anew", path.display()))),
+        Err(_) => {
+            (shipped, Some(format!("{} cannot be read: tune bench memory writes it anew", path.display())))
+        }
     }
 }
 
