@@ -257,7 +257,12 @@ pub fn rough(model: String, reference: Reference, budget_bytes: Option<u64>) -> 
     }
 }
 
-fn plus_permille(bytes: u64, permille: u64) -> u64 {
+/// A product that stops at the largest number instead of overflowing: the inputs come from people.
+pub(crate) fn product(factors: &[u64]) -> u64 {
+    factors.iter().fold(1, |product: u64, factor| product.saturating_mul(*factor))
+}
+
+pub(crate) fn plus_permille(bytes: u64, permille: u64) -> u64 {
     let more = u128::from(bytes) * u128::from(1000 + permille) / 1000;
     u64::try_from(more).unwrap_or(u64::MAX)
 }

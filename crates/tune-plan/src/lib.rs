@@ -4,10 +4,14 @@
 //! method and size. The *estimate* ([`estimate`]) counts the bytes of this run term by term, from the header of
 //! the model file. The verdict uses the estimate whenever the model is known.
 
+mod cache_type;
 mod calibration;
 mod catalogue;
 mod device;
 mod estimate;
+mod generic;
+mod layout;
+mod quant;
 pub mod reference;
 mod shape;
 mod size;
@@ -15,10 +19,17 @@ mod table;
 mod terms;
 mod weights;
 
+pub use cache_type::CacheType;
 pub use calibration::{Calibration, FLEX};
-pub use catalogue::{CatalogueShape, catalogue, find as find_in_catalogue};
+pub use catalogue::{CatalogueModel, Certainty, catalogue, find as find_in_catalogue, similar_models};
 pub use device::{Device, DeviceChoice, DeviceKind, UnknownDevice, device_names, parse_device};
 pub use estimate::{Basis, DataFacts, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
+pub use generic::{BaseType, Kept, Loss, Trainer, generic, generic_plan};
+pub use layout::{
+    Attention, AttentionPart, DeltaNet, Experts, ExpertsPart, LayerGroup, Layout, Linear, Mixer, Mlp, Split,
+    Values,
+};
+pub use quant::{QUANTS, Quant};
 pub use reference::Reference;
 pub use shape::Shape;
 pub use size::parse_size;

@@ -15,7 +15,7 @@
 
 use tune_recipe::{Dtype, Method};
 
-use crate::estimate::{PhaseBytes, PlanInput, Term};
+use crate::estimate::{PhaseBytes, PlanInput, Term, product};
 
 /// Bytes of an adapter's element, a gradient or a moment, and of the residual stream.
 const F32: u64 = 4;
@@ -368,9 +368,4 @@ fn saved_elements(input: &PlanInput) -> u64 {
         elements += s.q() + s.kv();
     }
     elements.saturating_add(adapted_ranks(input))
-}
-
-/// A product that stops at the largest number instead of overflowing: the inputs come from people.
-fn product(factors: &[u64]) -> u64 {
-    factors.iter().fold(1, |product: u64, factor| product.saturating_mul(*factor))
 }

@@ -83,7 +83,7 @@ pub fn from_shape(shape: &Shape, method: Method) -> WeightBytes {
 }
 
 /// NF4 with double quantisation: half a byte a weight, one byte per 64, four bytes per 64 · 256, and one offset.
-fn nf4_bytes(elements: u64) -> u64 {
+pub(crate) fn nf4_bytes(elements: u64) -> u64 {
     let blocks = elements.div_ceil(64);
     elements.div_ceil(2) + blocks + 4 * (blocks.div_ceil(256) + 1)
 }

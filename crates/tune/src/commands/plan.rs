@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use miette::IntoDiagnostic;
 use tune_formats::gguf;
 use tune_hub::ModelRef;
-use tune_plan::{MemoryPlan, PlanInput, Shape, WeightBytes, reference};
+use tune_plan::{CatalogueModel, MemoryPlan, PlanInput, Shape, WeightBytes, reference};
 use tune_recipe::{Budget, Layers, Method, OnExceed, Override, Quantization, TargetModules};
 
 use crate::exit::{DOES_NOT_FIT, UsageError};
@@ -133,6 +133,12 @@ fn of_model(model: &str, args: &Args, device: Option<Budget>) -> miette::Result<
         let reference = reference::reference(method, bits, parameters, true);
         return Ok((tune_plan::rough(model.to_owned(), reference, budget_bytes), device.is_some()));
     }
+    if let Some(published) = tune_plan::find_in_catalogue(model).filter(|model| model.shape().is_none()) {
+        say_what_was_chosen(model, published);
+        eprintln!("note        this version cannot train it yet: counted for a trainer that can");
+        let plan = tune_plan::generic_plan(published, method, args.rank, args.seq, args.batch, budget_bytes);
+        return Ok((plan, true));
+    }
     let known = find(model)?;
     let quantization = if method == Method::Qlora { Quantization::Nf4 } else { Quantization::Keep };
     let plan = tune_plan::estimate(&PlanInput {
@@ -192,19 +198,30 @@ fn find(name: &str) -> miette::Result<Known> {
         Some(Err(error)) if !is_remote(reference.as_ref()) && published.is_none() => return Err(error.into()),
         Some(Err(_)) | None => {}
     }
-    if let Some(model) = published {
-        let trainable = gguf::names::architecture(model.architecture).is_some();
+    if let Some((model, shape)) = published.and_then(|model| Some((model, model.shape()?))) {
+        say_what_was_chosen(name, model);
+        let trainable = gguf::names::architecture(&model.architecture).is_some();
         eprintln!(
             "note        {} is not on this machine: planned by its published dimensions{}",
             model.name,
             if trainable { "" } else { ", and this version cannot train its architecture yet" }
         );
-        return Ok(Known { name: model.name.to_owned(), shape: model.shape, base: None, facts: None });
+        return Ok(Known { name: model.name.clone(), shape, base: None, facts: None });
     }
     Err(UsageError::report(
         format!("{name} is not on this machine"),
         format!("fetch it first: tune pull {name}; or give a size, such as --model 7b"),
     ))
+}
+
+/// A name that no model has, and which one is planned instead.
+fn say_what_was_chosen(name: &str, model: &CatalogueModel) {
+    if model.stands_for(name) {
+        eprintln!(
+            "note        no model is called {name}: planned as {}, the nearest that exists",
+            model.name
+        );
+    }
 }
 
 fn is_remote(reference: Option<&ModelRef>) -> bool {
