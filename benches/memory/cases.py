@@ -12,26 +12,29 @@ def case(model, kind, **values):
     return model, kind, {**DEFAULTS, **{key.replace("__", "."): value for key, value in values.items()}}
 
 
+def smollm2(kind, **values):
+    return case("smollm2", kind, **{"model__dtype": "bf16", "data_options__sequence_len": 256, **values})
+
+
 CASES = {
     # SmolLM2-135M: the published 4-bit file, and what `tune export` makes of it
-    "smollm2 Q4_1": case("smollm2", "file", model__dtype="bf16"),
-    "smollm2 Q4_1, f32": case("smollm2", "file", model__dtype="f32"),
-    "smollm2 Q4_1, r 64, 1024 tokens": case("smollm2", "file", model__dtype="bf16", adapter__r=64, data_options__sequence_len=1024),
-    "smollm2 Q4_1, all blocks kept": case("smollm2", "file", model__dtype="bf16", train__gradient_checkpointing=False),
-    "smollm2 Q4_1, packed": case("smollm2", "file", model__dtype="bf16", data_options__packing=True, data_options__sequence_len=1024),
-    "smollm2 Q4_1, batch 4, 256 tokens, validation": case(
-        "smollm2", "file", model__dtype="bf16", train__micro_batch_size=4, data_options__sequence_len=256, data_options__val_split=0.2),
-    "smollm2 Q4_1, budget between": case("smollm2", "file", model__dtype="bf16", train__gradient_checkpointing="auto", memory__budget="440 MiB"),
-    "smollm2 Q8_0": case("smollm2", "q8_0", model__dtype="bf16"),
-    "smollm2 Q4_0, r 8": case("smollm2", "q4_0", model__dtype="bf16", adapter__r=8),
-    "smollm2 BF16, LoRA": case("smollm2", "bf16", model__dtype="bf16", adapter__type="lora"),
-    "smollm2 F16, LoRA, f32": case("smollm2", "f16", model__dtype="f32", adapter__type="lora", data_options__sequence_len=256),
-    "smollm2 BF16 as NF4": case("smollm2", "bf16", model__dtype="bf16"),
-    "smollm2 Q4_1, dropout": case("smollm2", "file", model__dtype="bf16", adapter__lora_dropout=0.1, data_options__sequence_len=256),
-    "smollm2 Q4_1, q and v, r 4": case(
-        "smollm2", "file", model__dtype="bf16", adapter__target_modules=["q_proj", "v_proj"], adapter__r=4, data_options__sequence_len=256),
-    "smollm2 Q4_1, one micro-batch a step": case("smollm2", "file", model__dtype="bf16", train__gradient_accumulation_steps=1),
-    "smollm2 BF16, full": case("smollm2", "bf16", model__dtype="bf16", adapter__type="full", data_options__sequence_len=256),
+    "smollm2 Q4_1, 512 tokens": smollm2("file", data_options__sequence_len=512),
+    "smollm2 Q4_1, f32": smollm2("file", model__dtype="f32"),
+    "smollm2 Q4_1, r 64": smollm2("file", adapter__r=64),
+    "smollm2 Q4_1, all blocks kept": smollm2("file", train__gradient_checkpointing=False),
+    "smollm2 Q4_1, some blocks kept": smollm2("file", train__gradient_checkpointing="auto", memory__budget="300 MiB"),
+    "smollm2 Q4_1, packed to 512": smollm2("file", data_options__packing=True, data_options__sequence_len=512),
+    "smollm2 Q4_1, batch 4 of 128, validation": smollm2(
+        "file", train__micro_batch_size=4, data_options__sequence_len=128, data_options__val_split=0.2),
+    "smollm2 Q4_1, one micro-batch a step": smollm2("file", train__gradient_accumulation_steps=1),
+    "smollm2 Q4_1, q and v, r 4": smollm2("file", adapter__target_modules=["q_proj", "v_proj"], adapter__r=4),
+    "smollm2 Q4_1, dropout": smollm2("file", adapter__lora_dropout=0.1, data_options__sequence_len=128),
+    "smollm2 Q8_0": smollm2("q8_0"),
+    "smollm2 Q4_0, r 8": smollm2("q4_0", adapter__r=8),
+    "smollm2 BF16, LoRA": smollm2("bf16", adapter__type="lora"),
+    "smollm2 F16, LoRA, f32": smollm2("f16", model__dtype="f32", adapter__type="lora", data_options__sequence_len=128),
+    "smollm2 BF16 as NF4": smollm2("bf16"),
+    "smollm2 BF16, full": smollm2("bf16", adapter__type="full"),
     # small random Llamas, vocabularies of 2,048 to 151,936
     "2k vocabulary Q4_K": case("v2k", "q4_k", model__dtype="bf16", data_options__sequence_len=1024, train__micro_batch_size=2),
     "2k vocabulary Q4_K, f32, all blocks kept": case(

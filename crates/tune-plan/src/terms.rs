@@ -166,23 +166,27 @@ impl Counting<'_> {
         let s = &input.shape;
         if input.dtype == Dtype::F32 {
             let bytes = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
-            return ("task buffers", bytes, format!("a panel of decoded rows, and {threads} threads × 1 MiB"));
+            return (
+                "task buffers",
+                bytes,
+                format!("a panel of decoded rows, and {threads} threads × 1 MiB"),
+            );
         }
         let widest = (2 * s.intermediate_size).max(s.q() + 2 * s.kv());
         let columns =
             widest.div_ceil(TASKS_PER_THREAD * threads.max(1)).next_multiple_of(32).min(TILE_COLUMNS);
-        let rows = if input.method == Method::Full { tokens.max(s.vocab_size) } else { tokens }.min(TILE_ROWS);
+        let rows =
+            if input.method == Method::Full { tokens.max(s.vocab_size) } else { tokens }.min(TILE_ROWS);
         let tile = product(&[rows, columns, F32]).saturating_add(PACKED_BLOCK);
         // Of the longest document, in the backward of attention: keys twice and values; and in f32 the gradients of both,
-        // unless they are made in parts.
+        // unless the document is so long that they are made in parts.
         let (longest, dim) = (input.data.map_or(input.sequence_len, |data| data.longest), s.head_dim);
-        let group = s.num_attention_heads / s.num_key_value_heads.max(1);
-        let whole = longest.saturating_mul(group) <= TASK_QUERIES;
-        let per_value = 3 * BF16 + if whole { 2 * F32 } else { 0 };
-        let attention = product(&[longest, dim, per_value]);
+        let group = (s.num_attention_heads / s.num_key_value_heads.max(1)).max(1);
+        let whole = longest.min(TASK_QUERIES / group);
+        let attention = product(&[longest, dim, 3 * BF16]).saturating_add(product(&[whole, dim, 2 * F32]));
         let bytes = product(&[threads, tile.saturating_add(attention)]);
         let formula = format!(
-            "{threads} threads × ({rows} rows × {columns} × 4 + 264 KiB + {longest} tokens × {dim} × {per_value})"
+            "{threads} threads × ({rows} rows × {columns} × 4 + 264 KiB + ({longest} × 6 + {whole} × 8) × {dim})"
         );
         ("task buffers", bytes, formula)
     }

@@ -1,7 +1,9 @@
 //! Plans of known models, and what must hold for every plan.
 
 use proptest::prelude::*;
-use tune_plan::{FLEX, MemoryPlan, PlanInput, estimate, find_in_catalogue, from_shape, reference, rough};
+use tune_plan::{
+    DataFacts, FLEX, MemoryPlan, PlanInput, estimate, find_in_catalogue, from_shape, reference, rough,
+};
 use tune_recipe::{Dtype, Layers, Method, TargetModules};
 
 fn input(alias: &str, method: Method) -> PlanInput {
@@ -80,6 +82,71 @@ fn exact_terms_are_exact() {
     // 6.98 B linears in NF4 with double quantisation, 2 × 525 M in 16 bits, norms in 32.
     let nf4 = 6_979_321_856 / 2 + 6_979_321_856 / 64 + 4 * (6_979_321_856 / 64 / 256 + 1);
     assert_eq!(bytes(&plan, "base weights"), nf4 + 2 * 2 * 525_336_576 + 4 * 266_240);
+}
+
+/// Every term whose bytes can be counted, by hand, for SmolLM2-135M: d 576, f 1536, 9 and 3 heads of 64, 30 blocks.
+#[test]
+fn counted_terms_are_equal_to_a_count_by_hand() {
+    let bf16 = PlanInput { dtype: Dtype::Bf16, sequence_len: 512, ..input("smollm2:135m", Method::Qlora) };
+    let plan = estimate(&bf16);
+    let trained = 305_280 * 16;
+    assert_eq!(bytes(&plan, "gradients of a block"), 4 * trained / 30);
+    assert_eq!(bytes(&plan, "rotary table"), 512 * 64 * 4);
+    assert_eq!(bytes(&plan, "hidden states of the loss"), 4 * 512 * 576 * 4);
+    // 256 positions at a time: two bytes a logit, and a maximum and a sum for each 32.
+    assert_eq!(bytes(&plan, "logits"), 256 * (49_152 * 2 + 49_152 / 32 * 8));
+    // x̂ twice, q, k, v, o, gate and up in 16 bits, seven x Aᵀ of 16; 9 heads and two norms in 32.
+    let saved = 2 * (2 * 576 + 2 * 576 + 2 * 192 + 2 * 1536 + 7 * 16) + 4 * (9 + 2);
+    assert_eq!(bytes(&plan, "block activations"), 512 * saved);
+    // dy and its rounded copy; silu(gate) ⊙ up again, d gate and d up.
+    assert_eq!(bytes(&plan, "block gradients"), 512 * (4 * 576 + 2 * 576 + 2 * 3 * 1536));
+    // Two threads: sums of 320 columns, packed weights, keys twice and values, gradients of keys and values in parts.
+    let tile = 512 * 320 * 4 + (264 << 10);
+    assert_eq!(bytes(&plan, "task buffers"), 2 * (tile + 512 * 64 * 6 + 256 * 64 * 8));
+
+    let f32 = estimate(&PlanInput { dtype: Dtype::F32, ..bf16.clone() });
+    assert_eq!(bytes(&f32, "logits"), 128 * 49_152 * 4);
+
+    // What is known of the rows counts instead of what could be.
+    let data = DataFacts { rows: 10, row_tokens: 3000, longest: 400, tokens: 400, targets: 100 };
+    let known = estimate(&PlanInput { data: Some(data), ..bf16.clone() });
+    assert_eq!(bytes(&known, "rows"), 10 * 96 + 3000 * 5);
+    assert_eq!(bytes(&known, "block inputs"), 30 * 400 * 576 * 4);
+    assert_eq!(bytes(&known, "hidden states of the loss"), (400 + 3 * 100) * 576 * 4);
+    assert_eq!(bytes(&known, "logits"), 100 * (49_152 * 2 + 49_152 / 32 * 8));
+
+    // All weights: three more matrices for each, the head's gradient beside them.
+    let full = estimate(&PlanInput { method: Method::Full, ..bf16 });
+    assert_eq!(bytes(&full, "weights"), 4 * 134_515_008);
+    assert_eq!(bytes(&full, "optimizer state"), 8 * 134_515_008);
+    assert_eq!(bytes(&full, "gradient of the head"), 4 * 28_311_552);
+    assert_eq!(bytes(&full, "transposed logits"), 256 * 49_152 * 2);
+}
+
+/// Without accumulation the gradients of the upper blocks come while the inputs of the lower ones go.
+#[test]
+fn gradients_and_block_inputs_share_their_room_without_accumulation() {
+    let once = PlanInput { gradient_accumulation_steps: 1, ..input("smollm2:135m", Method::Qlora) };
+    let plan = estimate(&once);
+    let block = plan.estimate.phases.iter().find(|phase| phase.name == "block").unwrap();
+    assert!(block.terms.contains(&"block inputs") && !block.terms.contains(&"gradients"));
+    let more = estimate(&PlanInput { gradient_accumulation_steps: 2, ..once });
+    let block = more.estimate.phases.iter().find(|phase| phase.name == "block").unwrap();
+    assert!(block.terms.contains(&"block inputs") && block.terms.contains(&"gradients"));
+}
+
+#[test]
+fn a_large_vocabulary_is_most_while_it_is_read() {
+    let mut small = input("smollm2:135m", Method::Lora);
+    small.shape.num_hidden_layers = 1;
+    small.shape.hidden_size = 32;
+    small.shape.vocab_size = 1_000_000;
+    small.weights.held = 1_000_000;
+    small.sequence_len = 8;
+    small.weights.has_json_tokenizer = true;
+    let plan = estimate(&small);
+    assert_eq!(plan.estimate.peak_phase, Some("load"));
+    assert_eq!(bytes(&plan, "tokenizer while read"), 1_000_000 * FLEX.bytes_per_entry_of_json);
 }
 
 #[test]

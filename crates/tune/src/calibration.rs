@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use miette::IntoDiagnostic;
 use serde::{Deserialize, Serialize};
 use tune_plan::{Calibration, FLEX};
 
 use crate::commands::bench::host::Host;
+use crate::exit::UsageError;
 
 /// What was measured, and for what it holds.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,9 +49,34 @@ pub fn path() -> PathBuf {
     tune_hub::Options::from_env(|name| std::env::var_os(name)).cache_dir.join("memory.json")
 }
 
+/// Keeps constants for later plans, and returns where.
+pub fn store(stored: &Stored) -> miette::Result<PathBuf> {
+    let path = path();
+    let json = serde_json::to_string_pretty(stored).into_diagnostic()? + "\n";
+    let write = || {
+        let folder = path.parent().unwrap_or(std::path::Path::new("."));
+        std::fs::create_dir_all(folder)?;
+        // Beside its name first: the name holds either the old or the new constants.
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        std::io::Write::write_all(&mut file, json.as_bytes())?;
+        file.persist(&path)?;
+        Ok::<_, std::io::Error>(())
+    };
+    write().map_err(|error| {
+        let help = "choose another cache folder with TUNE_CACHE, or only measure with --dry-run";
+        UsageError::report(format!("cannot write {}: {error}", path.display()), help)
+    })?;
+    Ok(path)
+}
+
 /// The constants to plan with.
 pub fn current() -> Calibration {
     choose(&path(), &HoldsFor::here()).0
+}
+
+/// Why constants that were measured here are not used, if so.
+pub fn note() -> Option<String> {
+    choose(&path(), &HoldsFor::here()).1
 }
 
 /// The constants to plan with, and why stored ones are not used if there are any.

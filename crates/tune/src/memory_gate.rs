@@ -31,7 +31,7 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: [&mut Batcher; 2]) -> m
     };
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
     let on_exceed = spec.memory.on_exceed;
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = crate::calibration::note().into_iter().collect();
     let shape = Shape::from(&base.config);
     let blocks = match spec.adapter.method {
         Method::Full => shape.num_hidden_layers,

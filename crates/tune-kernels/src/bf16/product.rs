@@ -180,7 +180,8 @@ pub(super) fn run(products: &[Product]) {
         let most = (MOST_COLUMNS / granularity).max(1) * granularity;
         let columns = product.cols.div_ceil(share).next_multiple_of(granularity).clamp(granularity, most);
         let column_tasks = product.cols.div_ceil(columns);
-        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(HEIGHT).min(MOST_ROWS);
+        let rows =
+            product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(HEIGHT).min(MOST_ROWS);
         for first_row in (0..product.rows).step_by(rows.max(1)) {
             for first in (0..product.cols).step_by(columns) {
                 let rows = first_row..product.rows.min(first_row + rows);

@@ -5,6 +5,7 @@
 
 mod generate;
 pub mod host;
+mod memory;
 mod peak;
 mod register_peak;
 mod text;
@@ -30,6 +31,8 @@ enum What {
     Train(train::Args),
     /// Reading a prompt and continuing it
     Generate(generate::Args),
+    /// What the memory plan cannot count: measures this machine, and keeps it for later plans
+    Memory(memory::Args),
     /// The most that the cores can multiply and add, with everything in registers
     Peak(peak::Args),
 }
@@ -38,6 +41,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     match &args.what {
         What::Train(args) => train::run(args),
         What::Generate(args) => generate::run(args),
+        What::Memory(args) => memory::run(args),
         What::Peak(args) => peak::run(args),
     }
 }

@@ -79,6 +79,9 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             ));
         }
     };
+    if let Some(note) = calibration::note() {
+        eprintln!("note        {note}");
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&plan).into_diagnostic()?);
     } else {
