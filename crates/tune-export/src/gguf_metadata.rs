@@ -6,7 +6,7 @@ use tune_formats::{BaseModel, Source, TokenizerFiles};
 use crate::{ExportError, ExportOptions, FileType, tokenizer_metadata};
 
 /// Version of the block layouts, which readers compare.
-const QUANTIZATION_VERSION: u32 = 2;
+pub(crate) const QUANTIZATION_VERSION: u32 = 2;
 
 /// Metadata of a merged model: that of a GGUF base with its key types and tokenizer untouched, or built from the
 /// files of a Hugging Face directory.
@@ -48,6 +48,25 @@ pub(crate) fn of_adapter(base: &BaseModel, options: &ExportOptions<'_>, alpha: f
     metadata
 }
 
+/// The `tokenizer.*` keys of a model, chat template included.
+///
+/// # Errors
+/// A tokenizer that GGUF cannot express.
+pub fn tokenizer_keys(base: &BaseModel) -> Result<Metadata, ExportError> {
+    let mut keys = match (&base.source, &base.tokenizer) {
+        (Source::Gguf(file), _) => file.metadata().clone(),
+        (_, TokenizerFiles::Json { tokenizer_json, tokenizer_config }) => {
+            tokenizer_metadata::metadata(base, tokenizer_json, tokenizer_config.as_deref())?
+        }
+        (_, TokenizerFiles::Gguf(_)) => Metadata::new(),
+    };
+    keys.retain(|key| key.starts_with("tokenizer."));
+    if let Some(template) = &base.chat_template {
+        keys.set("tokenizer.chat_template", strip_generation_tags(template).into());
+    }
+    Ok(keys)
+}
+
 /// About how many bytes the metadata occupies in a file.
 pub(crate) fn byte_len(metadata: &Metadata) -> u64 {
     metadata.iter().map(|(key, value)| (key.len() + 16 + value_len(value)) as u64).sum()
@@ -56,11 +75,8 @@ pub(crate) fn byte_len(metadata: &Metadata) -> u64 {
 fn from_hugging_face(base: &BaseModel) -> Result<Metadata, ExportError> {
     let mut metadata = hyper_parameters(&base.config);
     metadata.set("general.type", "model".into());
-    if let TokenizerFiles::Json { tokenizer_json, tokenizer_config } = &base.tokenizer {
-        let keys = tokenizer_metadata::metadata(base, tokenizer_json, tokenizer_config.as_deref())?;
-        for (key, value) in keys.iter() {
-            metadata.set(key, value.clone());
-        }
+    for (key, value) in tokenizer_keys(base)?.iter() {
+        metadata.set(key, value.clone());
     }
     Ok(metadata)
 }

@@ -14,6 +14,7 @@ mod go_template;
 mod merge;
 mod ollama_modelfile;
 mod pre_tokenizer;
+mod random_model;
 mod retention;
 mod safetensors_model;
 mod special_text;
@@ -32,7 +33,9 @@ use verify::Differences;
 
 pub use error::ExportError;
 pub use file_type::FileType;
+pub use gguf_metadata::tokenizer_keys;
 pub use go_template::Render;
+pub use random_model::{BYTE_TOKENS, RandomModel, byte_tokenizer, write_random_model};
 pub use retention::Retention;
 pub use target::ExportTarget;
 

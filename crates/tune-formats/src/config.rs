@@ -123,7 +123,7 @@ impl ModelConfig {
     }
 
     /// What makes the values unusable together.
-    pub(crate) fn problems(&self) -> Vec<String> {
+    pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let sizes = [
             ("hidden size", self.hidden_size),

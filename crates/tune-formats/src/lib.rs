@@ -22,4 +22,4 @@ pub use base::{BaseModel, Source, open};
 pub use config::{Architecture, ModelConfig, RopeScaling};
 pub use error::{FormatError, TensorProblem};
 pub use tokenizer::{GgufTokenizer, SpecialTokens, TokenType, TokenizerFiles};
-pub use weights::Weights;
+pub use weights::{Weights, expected_tensors};

@@ -23,7 +23,7 @@ pub trait Weights: Send + Sync {
 }
 
 /// The tensors of a model, Hugging Face name and shape, in the order of the forward pass.
-pub(crate) fn expected(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let d_model = config.hidden_size;
     let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, d_model])];
     for layer in 0..config.num_hidden_layers {
@@ -54,7 +54,7 @@ pub(crate) fn check<'a>(
 ) -> Vec<TensorProblem> {
     let mut found = found.collect::<BTreeMap<_, _>>();
     let mut problems = Vec::new();
-    for (name, shape) in expected(config) {
+    for (name, shape) in expected_tensors(config) {
         let got = found.remove(name.as_str());
         if got != Some(shape.as_slice()) {
             problems.push(TensorProblem { name, expected: Some(shape), found: got.map(<[usize]>::to_vec) });

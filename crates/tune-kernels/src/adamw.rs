@@ -119,7 +119,7 @@ impl AdamW for Flex {
 }
 
 vectorised! {
-    fn step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: AdamWFactors) {
+    pub(crate) fn step(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: AdamWFactors) {
         for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
             *m = *m * f.beta1 + *g * f.one_minus_beta1;
             *v = *v * f.beta2 + *g * *g * f.one_minus_beta2;

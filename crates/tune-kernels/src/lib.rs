@@ -15,6 +15,7 @@
 //! Results are the same bits with any number of threads: every sum has a fixed order.
 
 mod adamw;
+pub mod adamw_8bit;
 mod cpu;
 mod embedding;
 mod frozen;
@@ -46,6 +47,7 @@ pub enum Arithmetic {
 }
 
 pub use adamw::{AdamWFactors, adamw, sum_of_squares};
+pub use adamw_8bit::{Moments8bit, adamw_8bit};
 pub use attention::{AttentionSpan, causal_attention};
 pub use embedding::{add_embedding_gradient, embedding};
 pub use frozen::{FrozenVector, FrozenWeight};

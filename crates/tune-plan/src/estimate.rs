@@ -5,7 +5,7 @@
 //! too much.
 
 use serde::Serialize;
-use tune_recipe::{Dtype, Layers, Method, RunSpec, TargetModules};
+use tune_recipe::{Dtype, Layers, Method, Optimizer, RunSpec, TargetModules};
 
 use crate::reference::{Reference, reference};
 use crate::{Calibration, FLEX, Shape, WeightBytes, terms};
@@ -33,6 +33,12 @@ pub struct PlanInput {
     pub micro_batch_size: u64,
     /// Micro-batches whose gradients are added up.
     pub gradient_accumulation_steps: u64,
+    /// Optimizer, with the type of its state.
+    pub optimizer: Optimizer,
+    /// Type in which the gradients of a step are kept.
+    pub gradient_dtype: Dtype,
+    /// Type in which the inputs of blocks that run again are kept.
+    pub block_input_dtype: Dtype,
     /// Type in which activations are computed.
     pub dtype: Dtype,
     /// Whether adapters drop inputs while they train: then blocks compute in `f32` and keep each mask.
@@ -82,6 +88,9 @@ impl PlanInput {
             sequence_len: spec.data_options.sequence_len as u64,
             micro_batch_size: spec.train.micro_batch_size as u64,
             gradient_accumulation_steps: spec.train.gradient_accumulation_steps as u64,
+            optimizer: spec.train.optimizer,
+            gradient_dtype: spec.train.gradient_dtype,
+            block_input_dtype: spec.train.block_input_dtype,
             dtype: spec.model.dtype,
             dropout: spec.adapter.lora_dropout > 0.0 && spec.adapter.method != Method::Full,
             kept_blocks: if spec.train.gradient_checkpointing { 0 } else { shape.num_hidden_layers },

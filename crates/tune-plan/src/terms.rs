@@ -13,7 +13,7 @@
 //! allocator (`tune-memory`) keeps freed ones and never more than the peak. So a phase is a sum, without a factor for
 //! a heap. What only measurement knows, the program's own pages and its tokenizer, is in [`Calibration`].
 
-use tune_recipe::{Dtype, Method};
+use tune_recipe::{Dtype, Method, Optimizer};
 
 use crate::estimate::{PhaseBytes, PlanInput, Term, product};
 
@@ -44,6 +44,9 @@ const PACKED_FLOATS: u64 = 1 << 20;
 
 /// Values of a decoded panel in `f32`. `PANEL_FLOATS` of `tune-kernels`.
 const PANEL_FLOATS: u64 = 512 << 10;
+
+/// Moments of 8 bits that share a scale. `BLOCK` of `tune-train`'s optimizer.
+const SCALED_MOMENTS: u64 = 256;
 
 /// Bytes of a row beside its tokens: two vectors with their headers on the heap, and where it comes from.
 const ROW: u64 = 48 + 32 + 16;
@@ -144,7 +147,15 @@ impl Counting<'_> {
             terms.push(("base weights", w.held, formula));
             terms.push(("adapters", product(&[F32, n]), format!("4 bytes × {n}")));
         }
-        terms.push(("optimizer state", product(&[2 * F32, n]), format!("AdamW: 2 × 4 bytes × {n}")));
+        terms.push(match input.optimizer {
+            Optimizer::Adamw => {
+                ("optimizer state", product(&[2 * F32, n]), format!("AdamW: 2 × 4 bytes × {n}"))
+            }
+            Optimizer::Adamw8bit => {
+                let bytes = product(&[2, n.saturating_add(product(&[F32, n.div_ceil(SCALED_MOMENTS)]))]);
+                ("optimizer state", bytes, format!("AdamW: 2 × (1 + 4 / 256) bytes × {n}"))
+            }
+        });
         terms.push(("process", c.process_bytes, c.origin().to_string()));
         let tokenizer = product(&[c.bytes_per_vocabulary_entry, vocab]);
         terms.push((
@@ -291,8 +302,8 @@ impl Counting<'_> {
     }
 
     fn gradients(&self) -> Named {
-        let n = self.sizes.trained;
-        ("gradients", product(&[F32, n]), format!("4 bytes × {n}"))
+        let (n, size) = (self.sizes.trained, bytes_of(self.input.gradient_dtype));
+        ("gradients", product(&[size, n]), format!("{size} bytes × {n}"))
     }
 
     /// What backward will need of the blocks, and the table of angles.
@@ -300,9 +311,10 @@ impl Counting<'_> {
         let Sizes { tokens, blocks, kept, saved, .. } = self.sizes;
         let (d, dim) = (self.input.shape.hidden_size, self.input.shape.head_dim);
         let again = blocks - kept;
-        let inputs = product(&[again, tokens, d, F32]);
+        let size = bytes_of(self.input.block_input_dtype);
+        let inputs = product(&[again, tokens, d, size]);
         vec![
-            ("block inputs", inputs, format!("{again} blocks × {tokens} tokens × {d} × 4 bytes")),
+            ("block inputs", inputs, format!("{again} blocks × {tokens} tokens × {d} × {size} bytes")),
             (
                 "activations",
                 product(&[kept, tokens, saved]),
@@ -310,6 +322,13 @@ impl Counting<'_> {
             ),
             ("rotary table", product(&[tokens, dim, F32]), format!("{tokens} tokens × {dim} × 4 bytes")),
         ]
+    }
+}
+
+fn bytes_of(dtype: Dtype) -> u64 {
+    match dtype {
+        Dtype::F32 => F32,
+        Dtype::Bf16 => BF16,
     }
 }
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use tune_plan::{
     DataFacts, FLEX, MemoryPlan, PlanInput, estimate, find_in_catalogue, from_shape, reference, rough,
 };
-use tune_recipe::{Dtype, Layers, Method, TargetModules};
+use tune_recipe::{Dtype, Layers, Method, Optimizer, TargetModules};
 
 fn input(alias: &str, method: Method) -> PlanInput {
     let model = find_in_catalogue(alias).unwrap();
@@ -19,6 +19,9 @@ fn input(alias: &str, method: Method) -> PlanInput {
         sequence_len: 2048,
         micro_batch_size: 1,
         gradient_accumulation_steps: 16,
+        optimizer: Optimizer::Adamw,
+        gradient_dtype: Dtype::F32,
+        block_input_dtype: Dtype::F32,
         dtype: Dtype::F32,
         dropout: false,
         kept_blocks: 0,
@@ -106,6 +109,16 @@ fn counted_terms_are_equal_to_a_count_by_hand() {
 
     let f32 = estimate(&PlanInput { dtype: Dtype::F32, ..bf16.clone() });
     assert_eq!(bytes(&f32, "logits"), 128 * 49_152 * 4);
+
+    let short = estimate(&PlanInput {
+        optimizer: Optimizer::Adamw8bit,
+        gradient_dtype: Dtype::Bf16,
+        block_input_dtype: Dtype::Bf16,
+        ..bf16.clone()
+    });
+    assert_eq!(bytes(&short, "optimizer state"), 2 * (trained + 4 * trained / 256));
+    assert_eq!(bytes(&short, "gradients"), 2 * trained);
+    assert_eq!(bytes(&short, "block inputs"), 30 * 512 * 576 * 2);
 
     // What is known of the rows counts instead of what could be.
     let data = DataFacts { rows: 10, row_tokens: 3000, longest: 400, tokens: 400, targets: 100 };

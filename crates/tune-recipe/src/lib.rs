@@ -23,6 +23,6 @@ pub use read::{Override, load, parse};
 pub use resolved::Line;
 pub use spec::{
     Adapter, Checkpoint, Data, DataFormat, DataOptions, Dtype, Eval, Export, LrScheduler, Memory, Method,
-    Model, OnExceed, Overlong, Quantization, Run, RunSpec, Samples, Train, TrainOn, Verify,
+    Model, OnExceed, Optimizer, Overlong, Quantization, Run, RunSpec, Samples, Train, TrainOn, Verify,
 };
 pub use values::{Budget, Layers, Resume, TargetModules, parse_bytes};

@@ -35,7 +35,7 @@ pub(crate) const AUTO: [&str; 8] = [
 ];
 
 /// Names that other tools use: section, other name, our name.
-const ALIASES: [(&str, &str, &str); 24] = [
+const ALIASES: [(&str, &str, &str); 25] = [
     ("model", "base_model", "base"),
     ("model", "model_name_or_path", "base"),
     ("adapter", "lora_r", "r"),
@@ -58,6 +58,7 @@ const ALIASES: [(&str, &str, &str); 24] = [
     ("train", "lr_scheduler_type", "lr_scheduler"),
     ("train", "lr", "learning_rate"),
     ("train", "adam_eps", "adam_epsilon"),
+    ("train", "optim", "optimizer"),
     ("train", "gradient_clipping", "max_grad_norm"),
     ("checkpoint", "save_limit", "save_total_limit"),
 ];

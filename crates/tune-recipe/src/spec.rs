@@ -255,6 +255,8 @@ pub struct Train {
     pub lr_scheduler: LrScheduler,
     /// Share of the optimizer steps in which the learning rate rises from zero, in `[0, 1]`.
     pub warmup_ratio: f64,
+    /// Optimizer, with the type of its state.
+    pub optimizer: Optimizer,
     /// AdamW: decoupled decay per step, times the learning rate.
     pub weight_decay: f64,
     /// AdamW: decay of the first moment.
@@ -265,9 +267,13 @@ pub struct Train {
     pub adam_epsilon: f64,
     /// Longest L2 norm of the gradient of all trained parameters together; `0` does not clip.
     pub max_grad_norm: f64,
+    /// Type in which the gradients of a step are kept until all are known; sums are made in `f32`.
+    pub gradient_dtype: Dtype,
     /// Keep only each block's input and run the block again in backward. "auto" does so for as few blocks as the
     /// memory budget allows.
     pub gradient_checkpointing: bool,
+    /// Type in which the inputs of blocks that run again are kept.
+    pub block_input_dtype: Dtype,
     /// Seed of initialisation, shuffling, dropout and the validation split.
     pub seed: u64,
     /// Draw the rows in a new order each epoch.
@@ -287,17 +293,39 @@ impl Default for Train {
             learning_rate: 2e-4,
             lr_scheduler: LrScheduler::Cosine,
             warmup_ratio: 0.05,
+            optimizer: Optimizer::Adamw,
             weight_decay: 0.01,
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
+            gradient_dtype: Dtype::F32,
             gradient_checkpointing: true,
+            block_input_dtype: Dtype::F32,
             seed: 42,
             shuffle: true,
             logging_steps: 1,
         }
     }
+}
+
+/// Optimizer, with the type of its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// AdamW with 32-bit moments.
+    #[default]
+    #[serde(alias = "adamw_torch", alias = "adamw_hf")]
+    Adamw,
+    /// AdamW with moments of 8 bits and a scale for each 256 of them.
+    #[serde(
+        rename = "adamw_8bit",
+        alias = "adamw_bnb_8bit",
+        alias = "paged_adamw_8bit",
+        alias = "adamw_torch_8bit",
+        alias = "adamw8bit"
+    )]
+    Adamw8bit,
 }
 
 /// Shape of the learning rate after warm-up.

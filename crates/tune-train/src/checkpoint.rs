@@ -4,7 +4,8 @@
 //! checkpoints/step-000100/
 //!   adapter_config.json, adapter_model.safetensors   the adapter, a PEFT folder of its own;
 //!   weights.safetensors                              or all weights, f32, where they are trained
-//!   optimizer.safetensors                            both moments of every parameter, f32
+//!   optimizer.safetensors                            both moments of every parameter: f32, or 8 bits (U8, flat)
+//!                                                    and the largest value of each block (`.absmax`, f32)
 //!   state.json                                       where the run stands and with which settings
 //! ```
 //!
@@ -12,15 +13,17 @@
 //! ones are removed only after that.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use tune_formats::peft::{self, Adapter};
-use tune_formats::safetensors::{SafetensorsFiles, SafetensorsWriter, TensorSpec};
-use tune_kernels::Weight;
-use tune_quant::BlockType;
+use tune_formats::safetensors::{Dtype, SafetensorsFiles, SafetensorsWriter};
+use tune_kernels::adamw_8bit::Codes;
+use tune_kernels::{FrozenWeight, Moments8bit, Weight};
+use tune_quant::ByteView;
 
 use crate::TrainError;
 use crate::error::io;
@@ -83,12 +86,15 @@ pub fn save(
     fs::create_dir_all(&temporary).map_err(io("create", &temporary))?;
     match trained {
         Trained::Adapter(adapter) => peft::write(&temporary, adapter)?,
-        Trained::Weights(weights) => write_tensors(&temporary.join(WEIGHTS), weights)?,
+        Trained::Weights(weights) => {
+            let weights: Vec<Part> =
+                weights.iter().map(|(name, tensor)| Part::of_tensor(name.clone(), tensor)).collect();
+            write_parts(&temporary.join(WEIGHTS), &weights)?;
+        }
     }
-    let moments = moments.iter().flat_map(|(name, pair)| {
-        [(format!("{name}.m"), pair.m.clone()), (format!("{name}.v"), pair.v.clone())]
-    });
-    write_tensors(&temporary.join(OPTIMIZER), &moments.collect())?;
+    let moments: Vec<Part> =
+        moments.iter().flat_map(|(name, moments)| Part::of_moments(name, moments)).collect();
+    write_parts(&temporary.join(OPTIMIZER), &moments)?;
     let json = serde_json::to_vec_pretty(state).unwrap_or_default();
     write_atomically(&temporary.join(STATE), &json)?;
     sync_folder(&temporary)?;
@@ -123,42 +129,144 @@ pub fn load(path: &Path, device: &Device) -> Result<Checkpoint, TrainError> {
     let state_path = path.join(STATE);
     let json = fs::read(&state_path).map_err(io("read", &state_path))?;
     let state = serde_json::from_slice(&json).map_err(|e| unusable(format!("{STATE}: {e}")))?;
-    let mut tensors = read_tensors(path, OPTIMIZER, device)?;
-    let mut moments = BTreeMap::new();
-    let names: Vec<String> =
-        tensors.keys().filter_map(|name| name.strip_suffix(".m")).map(String::from).collect();
-    for name in names {
-        let mut take = |part| tensors.remove(&format!("{name}.{part}"));
-        let (Some(m), Some(v)) = (take("m"), take("v")) else {
-            return Err(unusable(format!("{OPTIMIZER}: {name}.v is missing")));
-        };
-        moments.insert(name, Moments { m, v });
-    }
+    let stored = Stored::open(path, OPTIMIZER)?;
+    let names: Vec<&str> = stored.files.tensors().keys().filter_map(|name| name.strip_suffix(".m")).collect();
+    let moments = names.into_iter().map(|name| Ok((name.to_owned(), stored.moments(name, device)?)));
+    let moments = moments.collect::<Result<_, TrainError>>()?;
     let trained = if path.join(WEIGHTS).exists() {
-        Trained::Weights(read_tensors(path, WEIGHTS, device)?)
+        let stored = Stored::open(path, WEIGHTS)?;
+        let tensors =
+            stored.files.tensors().keys().map(|name| Ok((name.clone(), stored.matrix(name, device)?)));
+        Trained::Weights(tensors.collect::<Result<_, TrainError>>()?)
     } else {
         Trained::Adapter(peft::read(path)?)
     };
     Ok(Checkpoint { state, trained, moments })
 }
 
-/// All tensors of one file of the checkpoint at `path`.
-fn read_tensors(path: &Path, file: &str, device: &Device) -> Result<BTreeMap<String, Tensor<2>>, TrainError> {
-    let unusable = |reason: String| TrainError::Checkpoint {
-        path: path.to_path_buf(),
-        reason: format!("{file}: {reason}"),
-    };
-    let files = SafetensorsFiles::open(&path.join(file)).map_err(|e| unusable(e.to_string()))?;
-    let read = |name: &String, shape: &[usize]| {
-        let (block_type, bytes) = files.data(name).map_err(|e| unusable(e.to_string()))?;
-        let (&[rows, cols], BlockType::F32) = (shape, block_type) else {
-            return Err(unusable(format!("{name}: expected a matrix of F32")));
+/// One file of tensors of the checkpoint at `path`.
+struct Stored<'a> {
+    path: &'a Path,
+    file: &'static str,
+    files: SafetensorsFiles,
+}
+
+impl<'a> Stored<'a> {
+    fn open(path: &'a Path, file: &'static str) -> Result<Self, TrainError> {
+        let unusable = |reason| TrainError::Checkpoint { path: path.to_path_buf(), reason };
+        let files =
+            SafetensorsFiles::open(&path.join(file)).map_err(|error| unusable(format!("{file}: {error}")))?;
+        Ok(Self { path, file, files })
+    }
+
+    fn unusable(&self, reason: impl fmt::Display) -> TrainError {
+        TrainError::Checkpoint { path: self.path.to_path_buf(), reason: format!("{}: {reason}", self.file) }
+    }
+
+    fn bytes(&self, name: &str, dtype: Dtype) -> Result<ByteView, TrainError> {
+        match self.files.tensors().get(name) {
+            Some(entry) if entry.dtype == dtype => {
+                self.files.bytes(name).map_err(|error| self.unusable(error))
+            }
+            Some(entry) => Err(self.unusable(format!("{name} is {:?}, expected {dtype:?}", entry.dtype))),
+            None => Err(self.unusable(format!("{name} is missing"))),
+        }
+    }
+
+    fn floats(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+        let bytes = self.bytes(name, Dtype::F32)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    }
+
+    fn matrix(&self, name: &str, device: &Device) -> Result<Tensor<2>, TrainError> {
+        let values = self.floats(name)?;
+        match self.files.tensors().get(name).map(|entry| &entry.shape[..]) {
+            Some(&[rows, cols]) => Ok(Tensor::from_data(TensorData::new(values, [rows, cols]), device)),
+            _ => Err(self.unusable(format!("{name}: expected a matrix"))),
+        }
+    }
+
+    /// Moments of the parameter `name`. Their lengths are compared with its shape by whoever knows that.
+    fn moments(&self, name: &str, device: &Device) -> Result<Moments, TrainError> {
+        let is_8bit = self.files.tensors().get(&format!("{name}.m")).is_some_and(|m| m.dtype == Dtype::U8);
+        if !is_8bit {
+            let part = |part| self.matrix(&format!("{name}.{part}"), device);
+            return Ok(Moments::F32 { m: part("m")?, v: part("v")? });
+        }
+        let part = |part| -> Result<Codes, TrainError> {
+            let codes = self.bytes(&format!("{name}.{part}"), Dtype::U8)?.to_vec();
+            Ok(Codes { codes, absmax: self.floats(&format!("{name}.{part}.absmax"))? })
         };
-        let values: Vec<f32> =
-            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        Ok((name.clone(), Tensor::from_data(TensorData::new(values, [rows, cols]), device)))
-    };
-    files.tensors().iter().map(|(name, entry)| read(name, &entry.shape)).collect()
+        Ok(Moments::Bits8(Moments8bit { m: part("m")?, v: part("v")? }))
+    }
+}
+
+/// A tensor of a file, and where its values lie.
+struct Part<'a> {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    values: Values<'a>,
+}
+
+enum Values<'a> {
+    Tensor(FrozenWeight),
+    Floats(&'a [f32]),
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Part<'a> {
+    fn of_tensor(name: String, tensor: &Tensor<2>) -> Self {
+        let (dtype, shape) = (Dtype::F32, tensor.dims().to_vec());
+        Self { name, dtype, shape, values: Values::Tensor(Weight::Trained(tensor.clone()).stored()) }
+    }
+
+    fn of_moments(name: &str, moments: &'a Moments) -> Vec<Self> {
+        match moments {
+            Moments::F32 { m, v } => [("m", m), ("v", v)]
+                .map(|(part, tensor)| Self::of_tensor(format!("{name}.{part}"), tensor))
+                .into(),
+            Moments::Bits8(Moments8bit { m, v }) => {
+                let parts = [("m", m), ("v", v)].map(|(part, Codes { codes, absmax })| {
+                    let codes = Self {
+                        name: format!("{name}.{part}"),
+                        dtype: Dtype::U8,
+                        shape: vec![codes.len()],
+                        values: Values::Bytes(codes),
+                    };
+                    let absmax = Self {
+                        name: format!("{name}.{part}.absmax"),
+                        dtype: Dtype::F32,
+                        shape: vec![absmax.len()],
+                        values: Values::Floats(absmax),
+                    };
+                    [codes, absmax]
+                });
+                parts.into_iter().flatten().collect()
+            }
+        }
+    }
+}
+
+/// Writes tensors from where they lie, without a copy of a whole one.
+fn write_parts(path: &Path, parts: &[Part<'_>]) -> Result<(), TrainError> {
+    let entries: Vec<_> =
+        parts.iter().map(|part| (part.name.clone(), part.dtype, part.shape.clone())).collect();
+    let mut writer = SafetensorsWriter::create_any(path, &BTreeMap::new(), &entries)?;
+    for Part { name, values, .. } in parts {
+        match values {
+            Values::Tensor(stored) => {
+                for (_, row) in (0..stored.rows()).filter_map(|row| stored.matrix().row_blocks(row)) {
+                    writer.write(name, row)?;
+                }
+            }
+            Values::Floats(values) => {
+                writer.write(name, &values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())?;
+            }
+            Values::Bytes(bytes) => writer.write(name, bytes)?,
+        }
+    }
+    Ok(writer.finish()?)
 }
 
 fn list(folder: &RunFolder) -> Vec<PathBuf> {
@@ -175,24 +283,6 @@ fn list(folder: &RunFolder) -> Vec<PathBuf> {
 /// The step of a checkpoint's folder; `None` for what is half written or set aside.
 fn number(path: &Path) -> Option<usize> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
-}
-
-/// Writes the tensors from where they lie, without a copy.
-fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor<2>>) -> Result<(), TrainError> {
-    let spec = |(name, tensor): (&String, &Tensor<2>)| TensorSpec {
-        name: name.clone(),
-        shape: tensor.dims().to_vec(),
-        block_type: BlockType::F32,
-    };
-    let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
-    let mut writer = SafetensorsWriter::create(path, &BTreeMap::new(), &specs)?;
-    for (name, tensor) in tensors {
-        let stored = Weight::Trained(tensor.clone()).stored();
-        for (_, row) in (0..stored.rows()).filter_map(|row| stored.matrix().row_blocks(row)) {
-            writer.write(name, row)?;
-        }
-    }
-    Ok(writer.finish()?)
 }
 
 /// Makes renames inside a folder durable, where the system can.

@@ -18,6 +18,13 @@ pub enum Event {
         /// Parameters of the base.
         base_parameters: u64,
     },
+    /// A part of a step is done: after each block, forward and backward. A step of a large model takes minutes.
+    Progress {
+        /// The optimizer step that is being made.
+        step: usize,
+        /// How much of it, from 0 to 1.
+        share: f64,
+    },
     /// An optimizer step was taken. Its line is in `metrics.jsonl`.
     Step(StepMetrics),
     /// A checkpoint is safely on disk.

@@ -14,7 +14,7 @@ mod steps;
 pub use adapter::parameters;
 pub use error::TrainError;
 pub use event::{Event, StepMetrics};
-pub use gradients::{GradientSum, loss_and_gradients};
+pub use gradients::{GradientSum, Pass, loss_and_gradients};
 pub use optim::{AdamW, AdamWConfig, Moments, clip_grad_norm};
 pub use run_folder::RunFolder;
 pub use schedule::Schedule;

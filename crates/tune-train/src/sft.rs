@@ -3,12 +3,14 @@
 //! Loss of a step: Σ −log p(target) over all its micro-batches, divided by all its trained tokens — not the mean
 //! of the micro-batches' means, which would weigh short ones more.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 use sha2::{Digest, Sha256};
 use tune_adapters::Dropout;
 use tune_data::{Batcher, MicroBatch};
@@ -17,14 +19,15 @@ use tune_formats::{BaseModel, peft};
 use tune_kernels::Arithmetic;
 use tune_memory::{end_phase, peak_resident_bytes};
 use tune_models::{Llama, Quantization};
-use tune_recipe::{Method, RunSpec};
+use tune_recipe::{Method, Optimizer, RunSpec};
 
 use crate::adapter::{adapt, parameters, trained_adapter};
 use crate::checkpoint::{self, State, Trained};
 use crate::run_folder::MetricsLog;
 use crate::steps::{Step, steps};
 use crate::{
-    AdamW, AdamWConfig, Event, GradientSum, RunFolder, Schedule, StepMetrics, TrainError, clip_grad_norm,
+    AdamW, AdamWConfig, Event, GradientSum, Pass, RunFolder, Schedule, StepMetrics, TrainError,
+    clip_grad_norm,
 };
 
 /// What a run needs.
@@ -114,7 +117,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         steps.len(),
     );
     let mut state = State { settings: settings(setup)?, ..State::default() };
-    let mut adam = AdamW::new(adamw_config(spec), parameters(&mut model).iter().map(|(_, p)| &**p));
+    let mut adam = fresh_optimizer(spec, &mut model);
     if let Some(path) = &setup.resume_from {
         (adam, state) = resume(setup, path, &mut model, &state.settings)?;
     }
@@ -269,6 +272,7 @@ fn accumulate(
     watch: &mut Watch,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<StepBatch, Finish> {
+    let spec = setup.spec;
     let micro_batches: Vec<MicroBatch> =
         step.micro_batches.iter().map(|plan| setup.train.micro_batch(plan)).collect();
     let mut sum = StepBatch {
@@ -279,15 +283,26 @@ fn accumulate(
     };
     let scale = 1.0 / sum.trained_tokens.max(1) as f64;
     let mut gradients = GradientSum::default();
+    let pass = Pass {
+        block_input_dtype: float_dtype(spec.train.block_input_dtype),
+        gradient_dtype: float_dtype(spec.train.gradient_dtype),
+        ..Pass::new(scale, setup.kept_blocks)
+    };
+    let work = pass.work(model) * micro_batches.len();
+    let mut done = 0;
+    let stopped = Cell::new(None);
+    let mut go_on = |more| {
+        done += more;
+        on_event(Event::Progress { step: number, share: done as f64 / work.max(1) as f64 });
+        let stop = setup.stop.load(Ordering::Relaxed).then_some(Finish::Interrupted);
+        stopped.set(stop.or_else(|| watch.look(on_event)));
+        if stopped.get().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
     for (index, micro_batch) in micro_batches.iter().enumerate() {
-        if setup.stop.load(Ordering::Relaxed) {
-            return Err(Finish::Interrupted);
-        }
-        let dropout = Some(Dropout { key: dropout_key(setup.spec.train.seed, number, index) });
-        sum.loss += gradients.add(model, micro_batch, scale, setup.kept_blocks, dropout);
-        if let Some(stopped) = watch.look(on_event) {
-            return Err(stopped);
-        }
+        let dropout = Some(Dropout { key: dropout_key(spec.train.seed, number, index) });
+        let loss = gradients.add(model, micro_batch, &Pass { dropout, ..pass }, &mut go_on);
+        let Some(loss) = loss else { return Err(stopped.get().unwrap_or(Finish::Interrupted)) };
+        sum.loss += loss;
     }
     sum.gradients = gradients.into_gradients();
     Ok(sum)
@@ -359,10 +374,13 @@ fn resume(
             }
         }
     }
-    let missing = |name: &str| unusable(format!("no optimizer state for {name}"));
+    let missing = |name: &str| unusable(format!("no optimizer state for {name} in its shape"));
     let moments = parameters(model)
         .into_iter()
-        .map(|(name, _)| checkpoint.moments.remove(&name).ok_or_else(|| missing(&name)))
+        .map(|(name, parameter)| {
+            let moments = checkpoint.moments.remove(&name).filter(|moments| moments.fit(parameter.dims()));
+            moments.ok_or_else(|| missing(&name))
+        })
         .collect::<Result<Vec<_>, _>>()?;
     let adam = AdamW::resume(adamw_config(setup.spec), checkpoint.state.step as u64, moments);
     Ok((adam, checkpoint.state))
@@ -413,6 +431,23 @@ fn differences(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>)
         .filter(|key| saved.get(*key) != now.get(*key))
         .map(|key| format!("{key}: {} in the checkpoint, {} now", value(saved, key), value(now, key)))
         .collect()
+}
+
+/// Zero moments for all that is trained.
+fn fresh_optimizer(spec: &RunSpec, model: &mut Llama) -> AdamW {
+    let parameters = parameters(model);
+    let tensors = parameters.iter().map(|(_, tensor)| &**tensor);
+    match spec.train.optimizer {
+        Optimizer::Adamw => AdamW::new(adamw_config(spec), tensors),
+        Optimizer::Adamw8bit => AdamW::new_8bit(adamw_config(spec), tensors),
+    }
+}
+
+fn float_dtype(dtype: tune_recipe::Dtype) -> FloatDType {
+    match dtype {
+        tune_recipe::Dtype::F32 => FloatDType::F32,
+        tune_recipe::Dtype::Bf16 => FloatDType::BF16,
+    }
 }
 
 fn adamw_config(spec: &RunSpec) -> AdamWConfig {

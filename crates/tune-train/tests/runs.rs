@@ -233,6 +233,102 @@ fn a_run_beyond_its_memory_saves_and_stops() {
     assert_eq!(course(&run.steps), course(&uninterrupted.steps));
 }
 
+/// A micro-batch of a large model takes minutes: nobody should have to wait for its end.
+#[test]
+fn a_run_stops_in_the_middle_of_a_micro_batch() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let whole = folder(dir.path(), "whole");
+    let uninterrupted = train(&spec(&[]), &whole, None, None).expect("trains");
+
+    let parts = folder(dir.path(), "parts");
+    let spec = spec(&[]);
+    let stop = AtomicBool::new(false);
+    let setup = Setup {
+        spec: &spec,
+        base: &base(),
+        train: batcher(&spec, rows(24)),
+        validation: batcher(&spec, rows(4)),
+        folder: parts.clone(),
+        plan: "{}".into(),
+        kept_blocks: 0,
+        resume_from: None,
+        stop: &stop,
+        memory_limit: None,
+    };
+    let mut shares = Vec::new();
+    let outcome = sft(&setup, &mut |event| {
+        if let Event::Progress { step: 3, share } = event {
+            shares.push(share);
+            stop.store(share > 0.7, Ordering::Relaxed);
+        }
+    });
+    let outcome = outcome.expect("stops");
+    assert_eq!((outcome.finish, outcome.steps), (Finish::Interrupted, 2));
+    assert!(shares.is_sorted() && shares.len() > 4 && *shares.last().expect("some") < 0.9, "{shares:?}");
+    train(&spec, &parts, checkpoint::newest(&parts), None).expect("finishes");
+    assert_eq!(course(&parts.read_metrics().expect("metrics")), course(&uninterrupted.steps));
+    assert!(adapter_bytes(&parts) == adapter_bytes(&whole), "the adapters differ");
+}
+
+#[test]
+fn the_shares_of_a_step_add_up_to_one() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    for (kept_blocks, layers) in [(0, "all"), (1, "1-2"), (9, "all")] {
+        let spec = spec(&["train.max_steps=1", &format!("adapter.layers={layers}")]);
+        let stop = AtomicBool::new(false);
+        let setup = Setup {
+            spec: &spec,
+            base: &base(),
+            train: batcher(&spec, rows(24)),
+            validation: batcher(&spec, Vec::new()),
+            folder: folder(dir.path(), &format!("kept-{kept_blocks}")),
+            plan: "{}".into(),
+            kept_blocks,
+            resume_from: None,
+            stop: &stop,
+            memory_limit: None,
+        };
+        let mut last = 0.0;
+        sft(&setup, &mut |event| {
+            if let Event::Progress { share, .. } = event {
+                last = share;
+            }
+        })
+        .expect("trains");
+        assert!((last - 1.0).abs() < 1e-9, "{kept_blocks} kept blocks, layers {layers}: {last}");
+    }
+}
+
+#[test]
+fn short_moments_sums_and_inputs_learn_and_resume_bit_for_bit() {
+    let changes = [
+        "adapter.type=full",
+        "train.learning_rate=1e-3",
+        "train.optimizer=adamw_8bit",
+        "train.gradient_dtype=bf16",
+        "train.block_input_dtype=bf16",
+        "train.max_steps=20",
+    ];
+    let spec = spec(&changes);
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let whole = folder(dir.path(), "whole");
+    let all = train(&spec, &whole, None, None).expect("trains").steps;
+    assert!(all[19].loss < 0.7 * all[0].loss, "loss went from {} to {}", all[0].loss, all[19].loss);
+
+    let parts = folder(dir.path(), "parts");
+    train(&spec, &parts, None, Some(5)).expect("stops");
+    let newest = checkpoint::newest(&parts).expect("a checkpoint");
+    let bytes = fs::read(newest.join("optimizer.safetensors")).expect("optimizer state");
+    let stored = safetensors::SafeTensors::deserialize(&bytes).expect("valid");
+    let dtype = |name: &str| stored.tensor(name).expect("there").dtype();
+    assert_eq!(dtype("model.embed_tokens.weight.m"), safetensors::Dtype::U8);
+    assert_eq!(dtype("model.embed_tokens.weight.v.absmax"), safetensors::Dtype::F32);
+    assert_eq!(dtype("model.norm.weight.v"), safetensors::Dtype::F32);
+    train(&spec, &parts, Some(newest), None).expect("finishes");
+    assert_eq!(course(&parts.read_metrics().expect("metrics")), course(&all));
+    assert!(weight_bytes(&parts) == weight_bytes(&whole), "the weights differ");
+}
+
 #[test]
 fn a_killed_run_repeats_the_steps_after_its_last_checkpoint() {
     let dir = tempfile::tempdir().expect("temporary folder");

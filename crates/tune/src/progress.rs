@@ -1,7 +1,7 @@
 //! How a run shows on the terminal: a bar, lines, JSON, or nothing.
 
 use std::io::{IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -41,13 +41,22 @@ pub struct Progress {
     bar: ProgressBar,
     /// Smoothed tokens per second.
     speed: Option<f64>,
+    /// What was said about the last step.
+    numbers: String,
+    /// When a line was printed last.
+    last_line: Instant,
 }
+
+/// A log is never silent for longer while blocks are being computed.
+const QUIET: Duration = Duration::from_secs(15);
 
 impl Progress {
     /// For a run whose plan is `planned_bytes`.
     pub fn new(mode: Mode, planned_bytes: u64, logging_steps: usize) -> Self {
         let logging_steps = logging_steps.max(1);
-        Self { mode, planned_bytes, logging_steps, total_steps: 0, bar: ProgressBar::hidden(), speed: None }
+        let bar = ProgressBar::hidden();
+        let (numbers, last_line) = (String::new(), Instant::now());
+        Self { mode, planned_bytes, logging_steps, total_steps: 0, bar, speed: None, numbers, last_line }
     }
 
     /// Shows one event.
@@ -84,6 +93,7 @@ impl Progress {
                     self.bar.set_position(*resumed_from as u64);
                 }
             }
+            Event::Progress { step, share } => self.show_progress(*step, *share),
             Event::Step(metrics) => self.show_step(metrics),
             Event::OverBudget { peak_bytes, budget_bytes } => self.line(&format!(
                 "memory    {} are resident, and the run may use {}",
@@ -94,6 +104,17 @@ impl Progress {
             Event::StoppedEarly { step } => {
                 self.line(&format!("stopped   early after step {step}: validation no longer improves"));
             }
+        }
+    }
+
+    /// Signs of life within a step: at once in the bar, now and then in a log.
+    fn show_progress(&mut self, step: usize, share: f64) {
+        let text = format!("{:.0} % of step {step}", 100.0 * share);
+        match self.mode {
+            Mode::Bar if self.numbers.is_empty() => self.bar.set_message(text),
+            Mode::Bar => self.bar.set_message(format!("{}, {text}", self.numbers)),
+            Mode::Lines if share < 1.0 && self.last_line.elapsed() >= QUIET => self.line(&text),
+            Mode::Lines | Mode::Json | Mode::Quiet => {}
         }
     }
 
@@ -110,16 +131,18 @@ impl Progress {
         let numbers = format!("loss {:.4}, {speed:.0} tokens/s{memory}, {eta} left", metrics.loss);
         self.bar.set_position(metrics.step as u64);
         self.bar.set_message(numbers.clone());
+        self.numbers.clone_from(&numbers);
         let last = metrics.step == self.total_steps;
         if self.mode == Mode::Lines && (metrics.step.is_multiple_of(self.logging_steps) || last) {
-            eprintln!("step {:>5}/{}  {numbers}", metrics.step, self.total_steps);
+            self.line(&format!("step {:>5}/{}  {numbers}", metrics.step, self.total_steps));
         }
         if let Some(val_loss) = metrics.val_loss {
             self.line(&format!("step {:>5}  validation loss {val_loss:.4}", metrics.step));
         }
     }
 
-    fn line(&self, text: &str) {
+    fn line(&mut self, text: &str) {
+        self.last_line = Instant::now();
         self.bar.suspend(|| eprintln!("{text}"));
     }
 }
@@ -142,6 +165,8 @@ fn print_json(event: &Event) {
         Event::OverBudget { peak_bytes, budget_bytes } => {
             json!({ "event": "over_budget", "peak_bytes": peak_bytes, "budget_bytes": budget_bytes })
         }
+        // Too many to be worth a line each.
+        Event::Progress { .. } => return,
         Event::Saved { path } => json!({ "event": "saved", "path": path }),
         Event::StoppedEarly { step } => json!({ "event": "stopped_early", "step": step }),
     };

@@ -116,3 +116,38 @@ fn what_cannot_be_measured_is_refused() {
         assert!(complaint.contains(word), "{arguments:?}: {complaint}");
     }
 }
+
+#[test]
+fn a_made_model_has_the_shape_that_was_asked_for_and_can_be_trained() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let tiny =
+        "bench make-model llama2:7b --layers 2 --d-model 128 --d-ff 256 --heads 2 --kv-heads 1 --vocab 300";
+    let make = |options: &str| {
+        let arguments: Vec<&str> = tiny.split(' ').chain(options.split(' ')).collect();
+        tune(folder.path(), &arguments).output().expect("tune runs")
+    };
+    let made = make("--type q4_0 --out tiny.gguf");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert_eq!(String::from_utf8_lossy(&made.stdout), "tiny.gguf\n");
+    let train =
+        ["bench", "train", "--model", "tiny.gguf", "--seq", "64", "--steps", "2", "--warmup", "1", "--json"];
+    let report = report(folder.path(), &train);
+    let loss = number(&report, "first_loss");
+    assert!((loss - f64::from(300).ln()).abs() < 0.5, "loss {loss} of a model that knows nothing");
+
+    // The tokenizer of another model decides the vocabulary.
+    let tokenizer = format!("--tokenizer {MODEL} --out tokenized.gguf");
+    let refused = make(&tokenizer);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--vocab is 300"));
+    for (options, complaint) in [
+        ("--type q9 --out x.gguf", "unknown type"),
+        ("--kv-heads 3 --out x.gguf", "cannot be used multiple times"),
+    ] {
+        let refused = make(options);
+        assert_eq!(refused.status.code(), Some(2));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains(complaint), "{said}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).expect("listed").count(), 1, "only what was asked for");
+}

@@ -7,7 +7,7 @@ use tune_quant::{RowOrder, StoredMatrix};
 
 use super::{config::HfConfig, names};
 use crate::safetensors::SafetensorsFiles;
-use crate::weights::{check, expected};
+use crate::weights::{check, expected_tensors};
 use crate::{FormatError, Weights};
 
 /// Weights of a Hugging Face checkpoint, used in place.
@@ -42,7 +42,7 @@ impl HfWeights {
         if !problems.is_empty() {
             return Err(FormatError::Tensors { path: files.path().to_owned(), problems });
         }
-        let unsupported = expected(&config.model)
+        let unsupported = expected_tensors(&config.model)
             .into_iter()
             .map(|(name, _)| (&files.tensors()[&stored[&name]], name))
             .filter(|(entry, _)| entry.block_type().is_none())

@@ -3,7 +3,7 @@
 mod reader;
 mod writer;
 
-use ::safetensors::Dtype;
+pub use ::safetensors::Dtype;
 use tune_quant::BlockType;
 
 pub use reader::{SafetensorsFiles, TensorEntry};

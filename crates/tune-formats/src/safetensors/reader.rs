@@ -116,9 +116,18 @@ impl SafetensorsFiles {
         let block_type = tensor.block_type().ok_or_else(|| {
             FormatError::tensor(name, format!("has type {:?}, expected F32, F16 or BF16", tensor.dtype))
         })?;
-        let bytes = ByteView::new(Arc::clone(&self.parts[tensor.part].1), tensor.range.clone())
-            .ok_or_else(|| FormatError::tensor(name, "lies outside its file"))?;
-        Ok((block_type, bytes))
+        Ok((block_type, self.bytes(name)?))
+    }
+
+    /// Bytes of a tensor of any type, without copying.
+    ///
+    /// # Errors
+    /// No such tensor.
+    pub fn bytes(&self, name: &str) -> Result<ByteView, FormatError> {
+        let tensor =
+            self.tensors.get(name).ok_or_else(|| FormatError::tensor(name, "the file has no such tensor"))?;
+        ByteView::new(Arc::clone(&self.parts[tensor.part].1), tensor.range.clone())
+            .ok_or_else(|| FormatError::tensor(name, "lies outside its file"))
     }
 
     fn add(&mut self, path: &Path) -> Result<(), FormatError> {

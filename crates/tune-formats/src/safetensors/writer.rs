@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 
+use ::safetensors::Dtype;
 use ::safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value, json};
 use tune_quant::BlockType;
@@ -53,6 +54,37 @@ impl SafetensorsWriter {
         tensors: &[TensorSpec],
     ) -> Result<Self, FormatError> {
         let mut problems = Vec::new();
+        let mut entries = Vec::new();
+        for tensor in tensors {
+            let name = &tensor.name;
+            let Some(dtype) = dtype(tensor.block_type) else {
+                let kind = tensor.block_type.name();
+                problems.push(format!("tensor {name} has type {kind}, expected F32, F16 or BF16"));
+                continue;
+            };
+            entries.push((name.clone(), dtype, tensor.shape.clone()));
+        }
+        Self::with_problems(path, metadata, &entries, problems)
+    }
+
+    /// The same for tensors of any type: name, type and shape of each.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_any(
+        path: &Path,
+        metadata: &BTreeMap<String, String>,
+        tensors: &[(String, Dtype, Vec<usize>)],
+    ) -> Result<Self, FormatError> {
+        Self::with_problems(path, metadata, tensors, Vec::new())
+    }
+
+    fn with_problems(
+        path: &Path,
+        metadata: &BTreeMap<String, String>,
+        tensors: &[(String, Dtype, Vec<usize>)],
+        mut problems: Vec<String>,
+    ) -> Result<Self, FormatError> {
         let mut names = HashSet::from(["__metadata__"]);
         let mut header = Map::new();
         if !metadata.is_empty() {
@@ -60,20 +92,20 @@ impl SafetensorsWriter {
         }
         let mut pending = VecDeque::new();
         let mut end = 0_usize;
-        for tensor in tensors {
-            let name = &tensor.name;
+        for (name, dtype, shape) in tensors {
             if !names.insert(name) {
                 problems.push(format!("tensor {name} occurs twice"));
             }
-            let (Some(dtype), Some(bytes)) = (dtype(tensor.block_type), tensor.byte_len()) else {
-                let kind = tensor.block_type.name();
-                problems.push(format!("tensor {name} has type {kind}, expected F32, F16 or BF16"));
+            let elements = shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim));
+            let bits = elements.and_then(|elements| elements.checked_mul(dtype.bitsize()));
+            let Some(bytes) = bits.map(|bits| bits / 8) else {
+                problems.push(format!("tensor {name} has shape {shape:?}, which is too large"));
                 continue;
             };
             let data_offsets = (end, end + bytes);
             end += bytes;
-            header
-                .insert(name.clone(), json!(TensorInfo { dtype, shape: tensor.shape.clone(), data_offsets }));
+            let info = TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets };
+            header.insert(name.clone(), json!(info));
             pending.push_back((name.clone(), bytes));
         }
         if !problems.is_empty() {

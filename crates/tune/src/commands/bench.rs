@@ -5,6 +5,7 @@
 
 mod generate;
 pub mod host;
+mod make_model;
 mod memory;
 mod peak;
 mod register_peak;
@@ -35,6 +36,8 @@ enum What {
     Memory(memory::Args),
     /// The most that the cores can multiply and add, with everything in registers
     Peak(peak::Args),
+    /// Write a model of a published or given shape with random weights, to measure and to test with
+    MakeModel(make_model::Args),
 }
 
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
@@ -43,6 +46,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         What::Generate(args) => generate::run(args),
         What::Memory(args) => memory::run(args),
         What::Peak(args) => peak::run(args),
+        What::MakeModel(args) => make_model::run(args),
     }
 }
 

@@ -7,7 +7,9 @@ use miette::IntoDiagnostic;
 use tune_formats::gguf;
 use tune_hub::ModelRef;
 use tune_plan::{CatalogueModel, MemoryPlan, PlanInput, Shape, WeightBytes, reference};
-use tune_recipe::{Budget, Layers, Method, OnExceed, Override, Quantization, TargetModules};
+use tune_recipe::{
+    Budget, Dtype, Layers, Method, OnExceed, Optimizer, Override, Quantization, TargetModules,
+};
 
 use crate::exit::{DOES_NOT_FIT, UsageError};
 use crate::{calibration, download, inputs, machine};
@@ -155,6 +157,9 @@ fn of_model(model: &str, args: &Args, device: Option<Budget>) -> miette::Result<
         sequence_len: args.seq,
         micro_batch_size: args.batch,
         gradient_accumulation_steps: 2,
+        optimizer: Optimizer::Adamw,
+        gradient_dtype: Dtype::F32,
+        block_input_dtype: Dtype::F32,
         dtype: machine::fastest_dtype(),
         dropout: false,
         kept_blocks: 0,

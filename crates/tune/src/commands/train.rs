@@ -224,7 +224,7 @@ fn stop_on_ctrl_c() -> miette::Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("saving after this micro-batch; Ctrl-C again to stop without saving");
+        eprintln!("stopping: saves what the finished steps have made; Ctrl-C again to stop without saving");
     })
     .into_diagnostic()?;
     Ok(stop)

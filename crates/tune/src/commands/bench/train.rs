@@ -251,7 +251,10 @@ impl Watch {
                 });
                 self.peak_rss_bytes = step.peak_memory_bytes;
             }
-            Event::OverBudget { .. } | Event::Saved { .. } | Event::StoppedEarly { .. } => {}
+            Event::OverBudget { .. }
+            | Event::Progress { .. }
+            | Event::Saved { .. }
+            | Event::StoppedEarly { .. } => {}
         }
         self.cpu_seconds = cpu_seconds;
     }
