@@ -180,6 +180,17 @@ impl Dataset {
     /// At least one row is held out when `val_split` is above zero, and at least one is trained on: a single row
     /// is never held out.
     pub fn split(&self, val_split: f64, seed: u64) -> (Vec<Sample>, Vec<Sample>) {
+        let rows = self.held_out(val_split, seed);
+        let pairs = || self.samples.iter().zip(&self.origins);
+        let side = |wanted: bool| {
+            let chosen = pairs().filter(|(_, origin)| rows.binary_search(origin).is_ok() == wanted);
+            chosen.map(|(sample, _)| sample.clone()).collect()
+        };
+        (side(false), side(true))
+    }
+
+    /// The rows that [`Dataset::split`] holds out, in the order of the files.
+    pub fn held_out(&self, val_split: f64, seed: u64) -> Vec<Origin> {
         let mut rows = self.origins.clone();
         rows.dedup();
         let held_out = (rows.len() as f64 * val_split).round() as usize;
@@ -187,12 +198,7 @@ impl Dataset {
         rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         rows.truncate(held_out);
         rows.sort_unstable();
-        let pairs = || self.samples.iter().zip(&self.origins);
-        let side = |wanted: bool| {
-            let chosen = pairs().filter(|(_, origin)| rows.binary_search(origin).is_ok() == wanted);
-            chosen.map(|(sample, _)| sample.clone()).collect()
-        };
-        (side(false), side(true))
+        rows
     }
 }
 

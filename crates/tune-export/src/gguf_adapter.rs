@@ -4,8 +4,8 @@
 //! y = W x + (alpha / r) · B (A x)
 //! ```
 //!
-//! with one `alpha` for the file and r taken from each pair, so an rsLoRA adapter gets alpha·√r. Rows of B are permuted
-//! as the rows of their base tensor are.
+//! with one `alpha` for the file and r taken from each pair. An rsLoRA adapter gets alpha·√r; where layers have ranks of
+//! their own, what that leaves goes into their B. Rows of B are permuted as the rows of their base tensor are.
 
 use std::path::Path;
 
@@ -24,7 +24,7 @@ pub(crate) fn write(
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<Written, ExportError> {
     let (alpha, pairs) = pairs(request)?;
-    let metadata = gguf_metadata::of_adapter(request.base, &request.options, alpha);
+    let metadata = gguf_metadata::of_adapter(request, alpha);
     let specs: Vec<TensorSpec> = pairs.iter().flat_map(Pair::specs).collect();
     let size = gguf_metadata::byte_len(&metadata)
         + specs.iter().map(|spec| spec.byte_len().unwrap_or_default() as u64 + 128).sum::<u64>();
@@ -57,6 +57,8 @@ struct Pair<'a> {
     name: String,
     lora: &'a LoraWeights,
     order: RowOrder,
+    /// What a loader's `alpha / r` lacks of the layer's scale; 1 but for rsLoRA with several ranks.
+    factor: f32,
 }
 
 impl Pair<'_> {
@@ -76,7 +78,7 @@ impl Pair<'_> {
         merge::rows_as_stored(self.order, self.lora.d_out)
             .into_iter()
             .flat_map(|row| &self.lora.b[row * r..(row + 1) * r])
-            .copied()
+            .map(|value| value * self.factor)
             .collect()
     }
 }
@@ -85,6 +87,7 @@ impl Pair<'_> {
 fn pairs<'a>(request: &ExportRequest<'a>) -> Result<(f32, Vec<Pair<'a>>), ExportError> {
     let ExportRequest { base, adapter, .. } = *request;
     merge::check(base, adapter)?;
+    let alpha = adapter.config.scale() * adapter.config.r as f64;
     let mut problems = Vec::new();
     let mut pairs = Vec::new();
     for (module, lora) in &adapter.layers {
@@ -98,7 +101,8 @@ fn pairs<'a>(request: &ExportRequest<'a>) -> Result<(f32, Vec<Pair<'a>>), Export
         match names::to_gguf(base.config.architecture, &weight) {
             Some(name) if name.len() + ".lora_a".len() < 64 => {
                 let order = names::row_order(&base.config, &weight);
-                pairs.push(Pair { name, lora, order });
+                let factor = (adapter.config.scale_of(lora.r) * lora.r as f64 / alpha) as f32;
+                pairs.push(Pair { name, lora, order, factor });
             }
             _ => problems.push(format!("{module}: GGUF has no name for it")),
         }
@@ -106,7 +110,7 @@ fn pairs<'a>(request: &ExportRequest<'a>) -> Result<(f32, Vec<Pair<'a>>), Export
     if pairs.is_empty() && problems.is_empty() {
         problems.push("the adapter has no layers".to_owned());
     }
-    let alpha = (adapter.config.scale() * adapter.config.r as f64) as f32;
+    let alpha = alpha as f32;
     if alpha == 0.0 || !alpha.is_finite() {
         problems.push(format!("lora_alpha: {alpha}, which loaders take for a scale of 1"));
     }
@@ -148,7 +152,8 @@ fn verify(
         let r = pair.lora.r;
         for (row, wanted) in pair.lora.b.chunks_exact(r).enumerate() {
             let start = pair.order.stored_row(row) * r;
-            differences.values(&b.name, stored.get(start..start + r).unwrap_or_default(), wanted);
+            let wanted: Vec<f32> = wanted.iter().map(|value| value * pair.factor).collect();
+            differences.values(&b.name, stored.get(start..start + r).unwrap_or_default(), &wanted);
         }
     }
     Ok(())

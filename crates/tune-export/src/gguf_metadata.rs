@@ -1,20 +1,18 @@
 //! The metadata of an exported GGUF file.
 
 use tune_formats::gguf::{Array, Metadata, Value, hyper_parameters};
+use tune_formats::provenance::Provenance;
 use tune_formats::{BaseModel, Source, TokenizerFiles};
 
-use crate::{ExportError, ExportOptions, FileType, tokenizer_metadata};
+use crate::{ExportError, ExportOptions, ExportRequest, FileType, tokenizer_metadata};
 
 /// Version of the block layouts, which readers compare.
 pub(crate) const QUANTIZATION_VERSION: u32 = 2;
 
 /// Metadata of a merged model: that of a GGUF base with its key types and tokenizer untouched, or built from the
 /// files of a Hugging Face directory.
-pub(crate) fn of_model(
-    base: &BaseModel,
-    options: &ExportOptions<'_>,
-    file_type: FileType,
-) -> Result<Metadata, ExportError> {
+pub(crate) fn of_model(request: &ExportRequest<'_>, file_type: FileType) -> Result<Metadata, ExportError> {
+    let ExportRequest { base, options, .. } = request;
     let mut metadata = match &base.source {
         Source::Gguf(file) => file.metadata().clone(),
         Source::HfDirectory(_) => from_hugging_face(base)?,
@@ -23,9 +21,11 @@ pub(crate) fn of_model(
     metadata.retain(|key| {
         !key.starts_with("split.")
             && !key.starts_with("general.base_model.")
+            && !key.starts_with("tune.")
             && !matches!(key, "general.uuid" | "general.quantized_by" | "general.alignment")
     });
     set_name(&mut metadata, base, options);
+    set_provenance(&mut metadata, &request.adapter.config.provenance);
     if let Some(template) = options.chat_template.or(base.chat_template.as_deref()) {
         metadata.set("tokenizer.chat_template", strip_generation_tags(template).into());
     }
@@ -35,7 +35,8 @@ pub(crate) fn of_model(
 }
 
 /// Metadata of an adapter whose loader multiplies by `alpha / r`.
-pub(crate) fn of_adapter(base: &BaseModel, options: &ExportOptions<'_>, alpha: f32) -> Metadata {
+pub(crate) fn of_adapter(request: &ExportRequest<'_>, alpha: f32) -> Metadata {
+    let ExportRequest { base, options, .. } = request;
     let mut metadata = Metadata::new();
     let architecture = hyper_parameters(&base.config).string("general.architecture").map(str::to_owned);
     metadata.set("general.architecture", architecture.unwrap_or_default().into());
@@ -43,6 +44,7 @@ pub(crate) fn of_adapter(base: &BaseModel, options: &ExportOptions<'_>, alpha: f
     metadata.set("adapter.type", "lora".into());
     metadata.set("adapter.lora.alpha", alpha.into());
     set_name(&mut metadata, base, options);
+    set_provenance(&mut metadata, &request.adapter.config.provenance);
     metadata.set("general.quantization_version", QUANTIZATION_VERSION.into());
     metadata.set("general.file_type", FileType::F32.number().into());
     metadata
@@ -79,6 +81,12 @@ fn from_hugging_face(base: &BaseModel) -> Result<Metadata, ExportError> {
         metadata.set(key, value.clone());
     }
     Ok(metadata)
+}
+
+fn set_provenance(metadata: &mut Metadata, provenance: &Provenance) {
+    for (key, value) in provenance.entries() {
+        metadata.set(key, value.into());
+    }
 }
 
 fn set_name(metadata: &mut Metadata, base: &BaseModel, options: &ExportOptions<'_>) {

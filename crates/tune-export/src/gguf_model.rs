@@ -23,7 +23,7 @@ pub(crate) fn write(
     progress: &mut dyn FnMut(ExportEvent),
 ) -> Result<Written, ExportError> {
     let base = request.base;
-    let metadata = gguf_metadata::of_model(base, &request.options, file_type)?;
+    let metadata = gguf_metadata::of_model(request, file_type)?;
     let tensors = planned(base, merge::tensors(base, request.adapter)?, file_type)?;
     let specs: Vec<TensorSpec> = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
     let size = gguf_metadata::byte_len(&metadata)

@@ -4,6 +4,8 @@
 //! what the model was trained on ruins its answers, so none is guessed: a known template is used only where it
 //! renders the same text as the model's own for a few probing conversations.
 
+use crate::ollama_prompt::ollama_prompt;
+
 /// Renders messages `(role, content)` with the model's own template, the second argument asking for the start of
 /// an answer; `None` where the template refuses them.
 pub type Render<'a> = dyn Fn(&[(&str, &str)], bool) -> Option<String> + 'a;
@@ -78,6 +80,32 @@ pub(crate) fn equivalent(render: &Render<'_>, bos: Option<&str>) -> Option<GoTem
         };
         FORMATS.iter().find_map(|format| format.matching(render))
     })
+}
+
+/// Whether a Go template under Ollama's rules renders what `render` renders, for a few probing conversations; `false`
+/// where that cannot be told.
+pub(crate) fn renders_alike(
+    template: &str,
+    system: Option<&str>,
+    render: &Render<'_>,
+    bos: Option<&str>,
+) -> bool {
+    let with_system = [("system", SYSTEM), USER];
+    let conversations: [&[(&str, &str)]; 3] = [&[USER], &TURNS, &with_system];
+    conversations.into_iter().all(|messages| {
+        match (ollama_prompt(template, system, messages), render(messages, true)) {
+            (Some(found), Some(wanted)) => is_same_prompt(&found, &wanted, bos),
+            // what the model's own template refuses, nothing can be held to
+            (_, None) => messages == with_system,
+            (None, Some(_)) => false,
+        }
+    })
+}
+
+/// Whether two prompts are the same, apart from the BOS token, which engines add themselves.
+pub fn is_same_prompt(found: &str, wanted: &str, bos: Option<&str>) -> bool {
+    let without = |text: &'_ str| bos.and_then(|bos| text.strip_prefix(bos)).unwrap_or(text).to_owned();
+    found == wanted || without(found) == without(wanted)
 }
 
 const USER: (&str, &str) = ("user", "Is it far?");
@@ -225,6 +253,29 @@ mod tests {
             "{}",
             found.template
         );
+    }
+
+    #[test]
+    fn under_ollamas_rules_the_templates_render_what_they_are_equal_to() {
+        let smollm = |messages: &[(&str, &str)], _: bool| Some(chatml(messages, Some("You are SmolLM.")));
+        let found = equivalent(&smollm, None).expect("known");
+        assert!(renders_alike(&found.template, found.default_system.as_deref(), &smollm, None));
+        // another default system prompt is another model
+        assert!(!renders_alike(&found.template, None, &smollm, None));
+        assert!(!renders_alike("{{ .Prompt }}", found.default_system.as_deref(), &smollm, None));
+        let gemma = |messages: &[(&str, &str)], _: bool| {
+            let role = |role: &str| match role {
+                "system" => None,
+                "assistant" => Some("model"),
+                _ => Some("user"),
+            };
+            let turns = messages.iter().map(|(name, content)| {
+                Some(format!("<start_of_turn>{}\n{content}<end_of_turn>\n", role(name)?))
+            });
+            Some(format!("<bos>{}<start_of_turn>model\n", turns.collect::<Option<String>>()?))
+        };
+        let found = equivalent(&gemma, Some("<bos>")).expect("known");
+        assert!(renders_alike(&found.template, None, &gemma, Some("<bos>")));
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod gguf_model;
 mod go_template;
 mod merge;
 mod ollama_modelfile;
+mod ollama_prompt;
 mod pre_tokenizer;
 mod random_model;
 mod retention;
@@ -25,6 +26,7 @@ mod verify;
 
 use std::path::{Path, PathBuf};
 
+use tune_formats::modelfile::Modelfile;
 use tune_formats::peft::{self, Adapter};
 use tune_formats::{BaseModel, Source};
 
@@ -34,7 +36,8 @@ use verify::Differences;
 pub use error::ExportError;
 pub use file_type::FileType;
 pub use gguf_metadata::tokenizer_keys;
-pub use go_template::Render;
+pub use go_template::{Render, is_same_prompt};
+pub use ollama_prompt::ollama_prompt;
 pub use random_model::{BYTE_TOKENS, RandomModel, byte_tokenizer, write_random_model};
 pub use retention::Retention;
 pub use target::ExportTarget;
@@ -61,8 +64,8 @@ pub struct ExportOptions<'a> {
     pub name: Option<&'a str>,
     /// Jinja source of the chat template used in training, where it is not the base's.
     pub chat_template: Option<&'a str>,
-    /// How Ollama calls the base, for `FROM` beside a GGUF adapter; the path of the base where there is none.
-    pub ollama_base: Option<&'a str>,
+    /// The base in Ollama, for `FROM` beside a GGUF adapter; the path of the base where there is none.
+    pub ollama_base: Option<OllamaBase<'a>>,
     /// `tokenizer.json` of a GGUF base, rebuilt from its metadata, for the safetensors target.
     pub tokenizer_json: Option<&'a str>,
     /// What happens when the written file does not read back as meant.
@@ -72,6 +75,19 @@ pub struct ExportOptions<'a> {
     /// Renders a conversation with the chat template used in training. Needed for the Modelfile's `TEMPLATE`, which
     /// is left out without it.
     pub render: Option<&'a Render<'a>>,
+}
+
+/// A base that Ollama has, and what a model on top of it inherits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OllamaBase<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its Go template.
+    pub template: Option<&'a str>,
+    /// Its system prompt.
+    pub system: Option<&'a str>,
+    /// Its `stop` parameters.
+    pub stop: &'a [String],
 }
 
 /// What happens when the written file does not read back as meant.
@@ -125,6 +141,8 @@ pub struct ExportReport {
     pub retention: Option<Retention>,
     /// The Modelfile beside a GGUF file.
     pub modelfile: Option<PathBuf>,
+    /// What it says, with what its grammar cannot say.
+    pub ollama: Option<Modelfile>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
@@ -147,9 +165,13 @@ pub fn export(
         ExportTarget::Safetensors => safetensors_model::write(request, &mut notes, progress)?,
         ExportTarget::Peft => write_peft(request, &mut notes, progress)?,
     };
-    let modelfile = match request.target {
-        ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::write(request, &mut notes)?),
+    let ollama = match request.target {
+        ExportTarget::GgufLora | ExportTarget::Gguf(_) => Some(ollama_modelfile::of(request, &mut notes)?),
         ExportTarget::Safetensors | ExportTarget::Peft => None,
+    };
+    let modelfile = match &ollama {
+        Some(modelfile) => Some(ollama_modelfile::write(request, modelfile, &mut notes)?),
+        None => None,
     };
     Ok(ExportReport {
         path: request.out.to_owned(),
@@ -157,8 +179,17 @@ pub fn export(
         tensors: written.tensors,
         retention: written.retention,
         modelfile,
+        ollama,
         notes,
     })
+}
+
+/// The text of the token that engines put before every prompt by themselves.
+///
+/// # Errors
+/// A tokenizer that cannot be read.
+pub fn bos_text(base: &BaseModel) -> Result<Option<String>, ExportError> {
+    Ok(special_text::text(&base.tokenizer, base.special.bos)?)
 }
 
 /// What the writer of a target reports.

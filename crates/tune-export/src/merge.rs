@@ -69,7 +69,8 @@ impl<'a> MergedTensor<'a> {
             Values::Vector(base.weights.vector(stored)?)
         } else {
             let module = name.strip_suffix(".weight").unwrap_or(&name);
-            let update = adapter.layers.get(module).map(|lora| (adapter.config.scale() as f32, lora));
+            let update =
+                adapter.layers.get(module).map(|lora| (adapter.config.scale_of(lora.r) as f32, lora));
             Values::Matrix(MergedMatrix { base: base.weights.matrix(stored)?, update })
         };
         Ok(Self { name, values })

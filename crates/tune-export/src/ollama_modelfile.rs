@@ -7,21 +7,21 @@ use tune_formats::modelfile::{self, Modelfile, Parameter};
 
 use crate::go_template::{self, GoTemplate};
 use crate::staging::{directory_of, write_bytes, write_error};
-use crate::{ExportError, ExportRequest, ExportTarget, special_text};
+use crate::{ExportError, ExportRequest, ExportTarget, OllamaBase, bos_text, special_text};
 
 /// First line of every Modelfile written here, by which a later export knows that it may replace it.
 const MARK: &str = "written by tune";
 
-/// Writes the Modelfile and gives its path.
-pub(crate) fn write(request: &ExportRequest<'_>, notes: &mut Vec<String>) -> Result<PathBuf, ExportError> {
-    let file_name = request.out.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let exported = format!("./{file_name}");
+/// The model that Ollama is to make of an export: everything it needs, also what a Modelfile cannot say.
+pub(crate) fn of(request: &ExportRequest<'_>, notes: &mut Vec<String>) -> Result<Modelfile, ExportError> {
+    let exported = format!("./{}", request.out.file_name().unwrap_or_default().to_string_lossy());
     let mut modelfile = Modelfile::default();
     match (request.target, request.options.ollama_base) {
         (ExportTarget::GgufLora, Some(base)) => {
-            // Template, stops and system prompt are inherited from a model that Ollama has.
-            base.clone_into(&mut modelfile.from);
+            base.name.clone_into(&mut modelfile.from);
             modelfile.adapter = Some(exported);
+            describe_chat(request, &mut modelfile, notes)?;
+            inherit(request, base, &mut modelfile)?;
         }
         (ExportTarget::GgufLora, None) => {
             let path = request.base.path.canonicalize().unwrap_or_else(|_| request.base.path.clone());
@@ -34,10 +34,68 @@ pub(crate) fn write(request: &ExportRequest<'_>, notes: &mut Vec<String>) -> Res
             describe_chat(request, &mut modelfile, notes)?;
         }
     }
+    Ok(modelfile)
+}
+
+/// Writes the Modelfile and gives its path. Values that the grammar has no way to write are left out, and a comment
+/// says so.
+pub(crate) fn write(
+    request: &ExportRequest<'_>,
+    modelfile: &Modelfile,
+    notes: &mut Vec<String>,
+) -> Result<PathBuf, ExportError> {
+    let file_name = request.out.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let path = free_path(request.out, &file_name)?;
-    modelfile.comments = vec![format!("{MARK}: ollama create NAME -f {}", display_name(&path))];
-    write_bytes(&path, modelfile::render(&modelfile)?.as_bytes())?;
+    let mut written = modelfile.clone();
+    written.comments = vec![format!("{MARK}: ollama create NAME -f {}", display_name(&path))];
+    if written.adapter.is_some() {
+        written.comments.push(
+            "Ollama 0.34.1 and newer refuse ADAPTER: export gguf:q8_0 for them, or let `tune export --to ollama:NAME` \
+             choose"
+                .to_owned(),
+        );
+    }
+    for (command, reason) in modelfile::leave_out_what_has_no_form(&mut written) {
+        let text = format!("{command} is left out, since {reason}: `tune export --to ollama:NAME` sets it");
+        notes.push(format!("Modelfile: {text}"));
+        written.comments.push(text);
+    }
+    write_bytes(&path, modelfile::render(&written)?.as_bytes())?;
     Ok(path)
+}
+
+/// Leaves out what the base in Ollama brings along and what is the same there.
+fn inherit(
+    request: &ExportRequest<'_>,
+    base: OllamaBase<'_>,
+    modelfile: &mut Modelfile,
+) -> Result<(), ExportError> {
+    let bos = bos_text(request.base)?;
+    let renders_alike = match (request.options.render, base.template) {
+        (Some(render), Some(template)) => {
+            go_template::renders_alike(template, base.system, render, bos.as_deref())
+        }
+        _ => false,
+    };
+    if renders_alike {
+        modelfile.template = None;
+        modelfile.system = None;
+    }
+    let is_stop = |(name, value): &(String, Parameter)| {
+        name == "stop" && matches!(value, Parameter::Text(text) if base.stop.contains(text))
+    };
+    if modelfile.parameters.iter().all(is_stop) {
+        modelfile.parameters.clear();
+        return Ok(());
+    }
+    // the list of the new model replaces that of the base
+    for text in base.stop {
+        let parameter = ("stop".to_owned(), Parameter::Text(text.clone()));
+        if !modelfile.parameters.contains(&parameter) {
+            modelfile.parameters.push(parameter);
+        }
+    }
+    Ok(())
 }
 
 /// Template, default system prompt and stop tokens.
@@ -48,7 +106,7 @@ fn describe_chat(
 ) -> Result<(), ExportError> {
     let base = request.base;
     let has_template = request.options.chat_template.is_some() || base.chat_template.is_some();
-    let bos = special_text::text(&base.tokenizer, base.special.bos)?;
+    let bos = bos_text(base)?;
     let found = request.options.render.and_then(|render| go_template::equivalent(render, bos.as_deref()));
     match found {
         Some(GoTemplate { template, default_system, .. }) => {

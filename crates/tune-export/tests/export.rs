@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tune_export::{
-    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, FileType, export,
+    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, FileType, OllamaBase,
+    export,
 };
 use tune_formats::gguf::{GgufFile, Value};
 use tune_formats::peft::{self, Adapter, AdapterConfig, LoraWeights};
+use tune_formats::provenance::Provenance;
 use tune_formats::{BaseModel, FormatError, ModelConfig, TensorProblem};
 
 const MODELS: [&str; 3] = ["llama-tied", "llama-llama3-rope", "llama-untied-bf16-sharded"];
@@ -82,11 +84,19 @@ fn a_gguf_base_keeps_its_metadata_and_its_quantised_blocks() {
 
 #[test]
 fn gguf_adapter_over_the_base_equals_the_merged_file_row_by_row() {
-    for model in MODELS {
+    for (model, use_rslora) in MODELS.into_iter().flat_map(|model| [(model, true), (model, false)]) {
         let dir = tempdir();
         let base = base(model);
         let mut adapter = adapter(&base.config);
-        adapter.config.use_rslora = true;
+        adapter.config.use_rslora = use_rslora;
+        adapter.config.provenance = Provenance { base_digest: Some("b".into()), ..Provenance::default() };
+        // ranks of their own, on a layer whose rows are permuted and on one whose are not
+        for name in ["self_attn.q_proj", "mlp.up_proj"] {
+            let lora = adapter.layers.get_mut(&format!("model.layers.0.{name}")).expect(name);
+            lora.r = 2;
+            lora.a.truncate(2 * lora.d_in);
+            lora.b.truncate(2 * lora.d_out);
+        }
         let (lora_out, merged_out) = (dir.path().join("a.gguf"), dir.path().join("m.gguf"));
         run(&base, &adapter, ExportTarget::GgufLora, &lora_out).expect(model);
         run(&base, &adapter, ExportTarget::Gguf(FileType::F32), &merged_out).expect(model);
@@ -99,7 +109,11 @@ fn gguf_adapter_over_the_base_equals_the_merged_file_row_by_row() {
         assert_eq!(lora.metadata().string("general.type"), Some("adapter"));
         assert_eq!(lora.metadata().string("general.architecture"), Some("llama"));
         let Some(Value::F32(alpha)) = lora.metadata().get("adapter.lora.alpha") else { panic!("no alpha") };
-        assert!((alpha - 8.0 * 2.0).abs() < 1e-6, "alpha 8 and rank 4 give {alpha} with rsLoRA");
+        let expected = if use_rslora { 8.0 * 2.0 } else { 8.0 };
+        assert!((alpha - expected).abs() < 1e-6, "alpha 8 and rank 4 give {alpha}");
+        for file in [&lora, &merged] {
+            assert_eq!(file.metadata().string("tune.base_digest"), Some("b"));
+        }
         assert_eq!(lora.tensors().len(), 2 * adapter.layers.len());
         for tensor in plain.tensors().iter().filter(|tensor| tensor.dims.len() == 2) {
             let (w, want) = (tensor_values(&plain, &tensor.name), tensor_values(&merged, &tensor.name));
@@ -109,9 +123,15 @@ fn gguf_adapter_over_the_base_equals_the_merged_file_row_by_row() {
             };
             let b = lora.tensor(&format!("{}.lora_b", tensor.name)).expect("a pair");
             let (d_in, d_out) = (tensor.dims[0], tensor.dims[1]);
-            assert_eq!((&a.dims[..], &b.dims[..]), (&[d_in, RANK][..], &[RANK, d_out][..]));
+            let r = if tensor.name == "blk.0.attn_q.weight" || tensor.name == "blk.0.ffn_up.weight" {
+                2
+            } else {
+                RANK
+            };
+            assert_eq!((&a.dims[..], &b.dims[..]), (&[d_in, r][..], &[r, d_out][..]));
             let (a, b) = (tensor_values(&lora, &a.name), tensor_values(&lora, &b.name));
-            let got = plus_update(&w, alpha / RANK as f32, &a, &b, d_in);
+            // as a loader does it: one alpha, and the rank of the pair
+            let got = plus_update(&w, alpha / r as f32, &a, &b, d_in);
             assert_close(&format!("{model} {}", tensor.name), &got, &want, 1e-6);
         }
     }
@@ -283,14 +303,26 @@ fn the_modelfile_has_what_ollama_needs() {
         assert!(text.lines().any(|found| found == line), "{line:?} is not in\n{text}");
     }
 
-    // Beside an adapter, a model that Ollama has passes its template on; another's Modelfile is left alone.
+    // Beside an adapter, a model that Ollama has passes on what is the same there; another's Modelfile is left alone.
     let out = dir.path().join("a.gguf");
-    let options = ExportOptions { ollama_base: Some("smollm2:135m"), ..options };
-    let request = ExportRequest { target: ExportTarget::GgufLora, out: &out, options, ..request };
-    let report = export(&request, &mut |_| ()).expect("exported");
-    assert_eq!(report.modelfile, Some(dir.path().join("a.gguf.Modelfile")));
-    let text = std::fs::read_to_string(report.modelfile.unwrap()).expect("read");
+    let stop = ["<|im_end|>".to_owned(), "<|endoftext|>".to_owned()];
+    let template = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n";
+    let alike =
+        OllamaBase { name: "smollm2:135m", template: Some(template), stop: &stop, ..OllamaBase::default() };
+    let over = |ollama_base: OllamaBase<'_>| {
+        let options = ExportOptions { ollama_base: Some(ollama_base), ..options };
+        let request = ExportRequest { target: ExportTarget::GgufLora, out: &out, options, ..request };
+        let report = export(&request, &mut |_| ()).expect("exported");
+        assert_eq!(report.modelfile, Some(dir.path().join("a.gguf.Modelfile")));
+        std::fs::read_to_string(report.modelfile.unwrap()).expect("read")
+    };
+    let text = over(alike);
     assert!(text.ends_with("FROM smollm2:135m\nADAPTER ./a.gguf\n"), "{text}");
+    // What its base would render otherwise is set anew, and its stop tokens stay.
+    let stop = ["<|eot|>".to_owned()];
+    let text = over(OllamaBase { template: Some("{{ .Prompt }}"), stop: &stop, ..alike });
+    assert!(text.contains("TEMPLATE \"\"\"{{ range .Messages }}"), "{text}");
+    assert!(text.ends_with("PARAMETER stop \"<|im_end|>\"\nPARAMETER stop \"<|eot|>\"\n"), "{text}");
 }
 
 #[test]
@@ -373,16 +405,19 @@ fn lora(seed: usize, d_out: usize, d_in: usize) -> LoraWeights {
 fn wanted(base: &BaseModel, adapter: &Adapter, name: &str) -> Vec<f32> {
     let values = values(base, name);
     match name.strip_suffix(".weight").and_then(|module| adapter.layers.get(module)) {
-        Some(lora) => plus_update(&values, adapter.config.scale() as f32, &lora.a, &lora.b, lora.d_in),
+        Some(lora) => {
+            plus_update(&values, adapter.config.scale_of(lora.r) as f32, &lora.a, &lora.b, lora.d_in)
+        }
         None => values,
     }
 }
 
 /// W + s·B·A in double precision.
 fn plus_update(w: &[f32], scale: f32, a: &[f32], b: &[f32], d_in: usize) -> Vec<f32> {
+    let rank = a.len() / d_in;
     let value = |i: usize| {
         let (row, col) = (i / d_in, i % d_in);
-        let sum: f64 = (0..RANK).map(|k| f64::from(b[row * RANK + k]) * f64::from(a[k * d_in + col])).sum();
+        let sum: f64 = (0..rank).map(|k| f64::from(b[row * rank + k]) * f64::from(a[k * d_in + col])).sum();
         (f64::from(w[i]) + f64::from(scale) * sum) as f32
     };
     (0..w.len()).map(value).collect()

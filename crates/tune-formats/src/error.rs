@@ -242,6 +242,25 @@ pub enum FormatError {
         help: String,
     },
 
+    /// An adapter over weights that it was not trained on, though its shapes fit.
+    #[error(
+        "adapter was trained on other weights\n  {}: expected digest {expected}, got {found}",
+        base.display()
+    )]
+    #[diagnostic(help(
+        "it was trained over {trained_over}, which may have been replaced since; with --any-base it is used nevertheless"
+    ))]
+    OtherWeights {
+        /// The base at hand.
+        base: PathBuf,
+        /// Digest of the trained base.
+        expected: String,
+        /// Digest of the base at hand.
+        found: String,
+        /// What the adapter calls its base.
+        trained_over: String,
+    },
+
     /// Something that a format cannot express, asked of a writer.
     #[error("cannot write {}: {reason}", path.display())]
     Unwritable {

@@ -14,6 +14,7 @@ pub mod hf;
 mod mapped;
 pub mod modelfile;
 pub mod peft;
+pub mod provenance;
 pub mod safetensors;
 mod tokenizer;
 mod weights;

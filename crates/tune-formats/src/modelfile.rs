@@ -87,6 +87,27 @@ pub fn render(modelfile: &Modelfile) -> Result<String, FormatError> {
     Ok(out)
 }
 
+/// Takes out the optional values that the grammar cannot express, and gives the command of each with the reason.
+pub fn leave_out_what_has_no_form(modelfile: &mut Modelfile) -> Vec<(&'static str, String)> {
+    let mut left_out = Vec::new();
+    let mut judge = |command: &'static str, form: Result<String, FormatError>| match form {
+        Ok(_) => true,
+        Err(FormatError::Modelfile { reason, .. }) => {
+            left_out.push((command, reason));
+            false
+        }
+        Err(other) => {
+            left_out.push((command, other.to_string()));
+            false
+        }
+    };
+    modelfile.template.take_if(|text| !judge("TEMPLATE", quoted("TEMPLATE", text)));
+    modelfile.system.take_if(|text| !judge("SYSTEM", quoted("SYSTEM", text)));
+    modelfile.parameters.retain(|(name, value)| judge("PARAMETER", parameter(name, value)));
+    modelfile.license.retain(|text| judge("LICENSE", quoted("LICENSE", text)));
+    left_out
+}
+
 fn statement(out: &mut String, command: &str, value: &str) {
     // Writing to a string cannot fail.
     let _ = writeln!(out, "{command} {value}");
@@ -254,7 +275,55 @@ mod tests {
         assert!(error.to_string().contains("num_ctxx"), "{error}");
     }
 
+    #[test]
+    fn what_has_no_form_is_named_and_the_rest_stays() {
+        let mut modelfile = Modelfile {
+            from: "x".into(),
+            template: Some("{{ .Prompt }}".into()),
+            system: Some("write \"\"\" around code".into()),
+            parameters: vec![
+                ("stop".into(), Parameter::Text("\u{200b}".into())),
+                ("stop".into(), Parameter::Text("<|im_end|>".into())),
+            ],
+            ..Modelfile::default()
+        };
+        let left_out = leave_out_what_has_no_form(&mut modelfile);
+        assert_eq!(left_out.iter().map(|(command, _)| *command).collect::<Vec<_>>(), ["SYSTEM", "PARAMETER"]);
+        let text = render(&modelfile).expect("expressible now");
+        assert_eq!(text, "FROM x\nTEMPLATE \"\"\"{{ .Prompt }}\"\"\"\nPARAMETER stop \"<|im_end|>\"\n");
+    }
+
     proptest! {
+        /// Any text at all: what is rendered reads back as it was, and what is not rendered is left out by name.
+        #[test]
+        fn any_modelfile_renders_to_what_reads_back(
+            template in any::<String>(),
+            system in any::<String>(),
+            stops in prop::collection::vec(any::<String>(), 0..3),
+        ) {
+            let mut modelfile = Modelfile {
+                from: "./model.gguf".into(),
+                adapter: Some("./adapter.gguf".into()),
+                template: Some(template),
+                system: Some(system),
+                parameters: stops.into_iter().map(|stop| ("stop".into(), Parameter::Text(stop))).collect(),
+                comments: vec!["several\nlines".into()],
+                ..Modelfile::default()
+            };
+            leave_out_what_has_no_form(&mut modelfile);
+            let text = render(&modelfile).expect("everything left has a form");
+            let mut expected = vec![("FROM", "./model.gguf"), ("ADAPTER", "./adapter.gguf")];
+            expected.extend(modelfile.template.as_deref().map(|text| ("TEMPLATE", text)));
+            expected.extend(modelfile.system.as_deref().map(|text| ("SYSTEM", text)));
+            for (_, value) in &modelfile.parameters {
+                let Parameter::Text(stop) = value else { unreachable!() };
+                expected.push(("PARAMETER stop", stop));
+            }
+            let expected: Vec<(String, String)> =
+                expected.iter().map(|(command, value)| ((*command).to_owned(), (*value).to_owned())).collect();
+            prop_assert_eq!(parse(&text), expected);
+        }
+
         #[test]
         fn values_arrive_as_they_were(system in "[a-z\" \n{}.]{0,40}", stop in "[a-z\"<|\n]{1,12}") {
             let modelfile = Modelfile {

@@ -1,9 +1,9 @@
 //! PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! Keys of the tensors: `base_model.model.{module path}.lora_A.weight` `[r, d_in]` and `….lora_B.weight`
-//! `[d_out, r]`. What is written is the subset that PEFT, vLLM and llama.cpp's converter all read: one rank and one
-//! alpha, linear layers only, no biases, no whole modules. The identity of the base lies in the metadata of the
-//! safetensors file, where other readers ignore it.
+//! `[d_out, r]`. What is written is the subset that PEFT, vLLM and llama.cpp's converter all read: one alpha, linear
+//! layers only, no biases, no whole modules, and one rank unless the adapter came with several. The provenance lies in
+//! the metadata of the safetensors file, where other readers ignore it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tune_quant::BlockType;
 
+use crate::provenance::Provenance;
 use crate::safetensors::{SafetensorsFiles, SafetensorsWriter, TensorSpec};
 use crate::{BaseModel, FormatError, TensorProblem, atomic};
 
@@ -20,8 +21,6 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
 /// What PEFT puts before the path of a module.
 const PREFIX: &str = "base_model.model.";
-/// Key of [`AdapterConfig::base_digest`] in the safetensors metadata.
-const DIGEST_KEY: &str = "tune.base_digest";
 
 /// A LoRA adapter: how it is applied, and its matrices.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,9 +36,9 @@ pub struct Adapter {
 pub struct AdapterConfig {
     /// Name or path of the base, as its user gave it.
     pub base_model_name_or_path: Option<String>,
-    /// [`BaseModel::digest`] of the base. Only adapters of `tune` have it.
-    pub base_digest: Option<String>,
-    /// Rank.
+    /// What it was trained on. Only adapters of `tune` have it.
+    pub provenance: Provenance,
+    /// Rank; layers may have another one of their own.
     pub r: usize,
     /// Numerator of the scale.
     pub lora_alpha: f64,
@@ -73,7 +72,7 @@ impl Default for AdapterConfig {
     fn default() -> Self {
         Self {
             base_model_name_or_path: None,
-            base_digest: None,
+            provenance: Provenance::default(),
             r: 8,
             lora_alpha: 8.0,
             lora_dropout: 0.0,
@@ -87,7 +86,12 @@ impl Default for AdapterConfig {
 impl AdapterConfig {
     /// The factor of the update: `lora_alpha / r`, or `lora_alpha / √r` with rsLoRA.
     pub fn scale(&self) -> f64 {
-        let r = self.r as f64;
+        self.scale_of(self.r)
+    }
+
+    /// The factor of the update of a layer with rank `r`.
+    pub fn scale_of(&self, r: usize) -> f64 {
+        let r = r as f64;
         self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 }
@@ -133,10 +137,29 @@ impl Adapter {
     /// # Errors
     /// A base that cannot be read.
     pub fn trained_on(&self, base: &BaseModel) -> Result<Option<bool>, FormatError> {
-        match &self.config.base_digest {
+        match &self.config.provenance.base_digest {
             Some(digest) => Ok(Some(*digest == base.digest()?)),
             None => Ok(None),
         }
+    }
+
+    /// Refuses a base with other weights than those trained on, also where its shapes fit.
+    ///
+    /// # Errors
+    /// [`FormatError::OtherWeights`] with both digests; a base that cannot be read.
+    pub fn require_trained_base(&self, base: &BaseModel) -> Result<(), FormatError> {
+        let Some(expected) = &self.config.provenance.base_digest else { return Ok(()) };
+        let found = base.digest()?;
+        if found == *expected {
+            return Ok(());
+        }
+        let named = self.config.base_model_name_or_path.as_deref();
+        Err(FormatError::OtherWeights {
+            base: base.path.clone(),
+            expected: expected.clone(),
+            found,
+            trained_over: named.unwrap_or("a base that it does not name").to_owned(),
+        })
     }
 }
 
@@ -187,16 +210,23 @@ pub fn read(directory: &Path) -> Result<Adapter, FormatError> {
     }
     let mut loras = BTreeMap::new();
     for (path, factors) in layers {
-        match factors.load(&files, &path, raw.r) {
-            Ok(lora) => drop(loras.insert(path, lora)),
+        let r = of_pattern(&raw.rank_pattern, &path).map_or(raw.r, |r| r as usize);
+        match factors.load(&files, &path, r) {
+            Ok(mut lora) => {
+                if let Some(alpha) = of_pattern(&raw.alpha_pattern, &path)
+                    && raw.lora_alpha != 0.0
+                {
+                    // one alpha for all: the rest of a layer's own goes into its matrix
+                    let factor = (alpha / raw.lora_alpha) as f32;
+                    lora.b.iter_mut().for_each(|value| *value *= factor);
+                }
+                loras.insert(path, lora);
+            }
             Err(problem) => problems.push(problem),
         }
     }
     if !problems.is_empty() {
-        return Err(unusable(
-            problems,
-            "supported are LoRA adapters on linear layers with one rank, without biases",
-        ));
+        return Err(unusable(problems, "supported are LoRA adapters on linear layers, without biases"));
     }
     let target_modules = match raw.target_modules {
         Some(Targets::List(names)) => names,
@@ -205,7 +235,7 @@ pub fn read(directory: &Path) -> Result<Adapter, FormatError> {
     };
     let config = AdapterConfig {
         base_model_name_or_path: raw.base_model_name_or_path,
-        base_digest: files.metadata().get(DIGEST_KEY).cloned(),
+        provenance: Provenance::read(|key| files.metadata().get(key).cloned()),
         r: raw.r,
         lora_alpha: raw.lora_alpha,
         lora_dropout: raw.lora_dropout,
@@ -227,22 +257,15 @@ pub fn write(directory: &Path, adapter: &Adapter) -> Result<(), FormatError> {
     let weights_path = directory.join(WEIGHTS);
     let config = &adapter.config;
     for (path, lora) in &adapter.layers {
-        let fits =
-            lora.r == config.r && lora.a.len() == lora.r * lora.d_in && lora.b.len() == lora.d_out * lora.r;
+        let fits = lora.r > 0 && lora.a.len() == lora.r * lora.d_in && lora.b.len() == lora.d_out * lora.r;
         if !fits {
-            let reason = format!(
-                "{path} has rank {}, {} and {} values, expected rank {}",
-                lora.r,
-                lora.a.len(),
-                lora.b.len(),
-                config.r
-            );
+            let reason = format!("{path} has rank {}, {} and {} values", lora.r, lora.a.len(), lora.b.len());
             return Err(FormatError::unwritable(&weights_path, reason));
         }
     }
 
     let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    metadata.extend(config.base_digest.clone().map(|digest| (DIGEST_KEY.to_owned(), digest)));
+    metadata.extend(config.provenance.entries().map(|(key, value)| (key.to_owned(), value.to_owned())));
     let factors = adapter.layers.iter().flat_map(|(path, lora)| {
         let (a, b) = (format!("{PREFIX}{path}.lora_A.weight"), format!("{PREFIX}{path}.lora_B.weight"));
         [(a, [lora.r, lora.d_in], &lora.a), (b, [lora.d_out, lora.r], &lora.b)]
@@ -259,11 +282,15 @@ pub fn write(directory: &Path, adapter: &Adapter) -> Result<(), FormatError> {
         writer.write(&name, &bytes)?;
     }
     writer.finish()?;
-    atomic::write(&directory.join(CONFIG), format!("{:#}\n", config_json(config)).as_bytes())
+    atomic::write(&directory.join(CONFIG), format!("{:#}\n", config_json(adapter)).as_bytes())
 }
 
 /// `adapter_config.json`, keys sorted as PEFT sorts them.
-fn config_json(config: &AdapterConfig) -> Value {
+fn config_json(adapter: &Adapter) -> Value {
+    let config = &adapter.config;
+    let others = adapter.layers.iter().filter(|(_, lora)| lora.r != config.r);
+    let rank_pattern: serde_json::Map<String, Value> =
+        others.map(|(path, lora)| (path.clone(), lora.r.into())).collect();
     // Ollama reads `lora_alpha` as an integer.
     let lora_alpha = if config.lora_alpha.fract() == 0.0 && config.lora_alpha.abs() < 1e15 {
         json!(config.lora_alpha as i64)
@@ -285,7 +312,7 @@ fn config_json(config: &AdapterConfig) -> Value {
         "modules_to_save": null,
         "peft_type": "LORA",
         "r": config.r,
-        "rank_pattern": {},
+        "rank_pattern": rank_pattern,
         "revision": null,
         "target_modules": config.target_modules,
         "task_type": "CAUSAL_LM",
@@ -406,12 +433,34 @@ impl RawConfig {
             (self.fan_in_fan_out, "fan_in_fan_out is true".to_owned()),
             (self.lora_bias, "lora_bias is true".to_owned()),
             (bias != "none", format!("bias is \"{bias}\", expected \"none\"")),
-            (is_set(&self.rank_pattern), "rank_pattern is set".to_owned()),
-            (is_set(&self.alpha_pattern), "alpha_pattern is set".to_owned()),
+            (!is_plain(&self.rank_pattern), "rank_pattern has other keys than names of modules".to_owned()),
+            (!is_plain(&self.alpha_pattern), "alpha_pattern has other keys than names of modules".to_owned()),
+            (
+                self.lora_alpha == 0.0 && is_set(&self.alpha_pattern),
+                "alpha_pattern is set over lora_alpha 0".to_owned(),
+            ),
             (is_set(&self.modules_to_save), "modules_to_save is set".to_owned()),
             (is_set(&self.layer_replication), "layer_replication is set".to_owned()),
         ];
         checks.into_iter().filter(|(unsupported, _)| *unsupported).map(|(_, problem)| problem).collect()
+    }
+}
+
+/// What a pattern says of a module: its keys are last parts of paths. PEFT takes them for regular expressions, which
+/// those of its users are not.
+fn of_pattern(pattern: &Value, path: &str) -> Option<f64> {
+    let matches = |key: &str| path == key || path.strip_suffix(key).is_some_and(|rest| rest.ends_with('.'));
+    pattern.as_object()?.iter().find(|(key, _)| matches(key)).and_then(|(_, value)| value.as_f64())
+}
+
+fn is_plain(pattern: &Value) -> bool {
+    let is_name = |key: &str| key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.'));
+    match pattern {
+        Value::Null => true,
+        Value::Object(map) => {
+            map.iter().all(|(key, value)| is_name(key) && value.as_f64().is_some_and(|v| v > 0.0))
+        }
+        _ => false,
     }
 }
 

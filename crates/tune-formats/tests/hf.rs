@@ -203,7 +203,7 @@ fn an_adapter_of_peft_reads_and_survives_writing() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let folder = dir.path().join("runs/x/adapter");
     let mut ours = adapter.clone();
-    ours.config.base_digest = Some(base.digest().expect("digest"));
+    ours.config.provenance.base_digest = Some(base.digest().expect("digest"));
     ours.config.layers_to_transform = Some(vec![0, 1, 2]);
     peft::write(&folder, &ours).expect("written");
     fs::write(folder.join("README.md"), "mine").expect("written");
@@ -230,6 +230,54 @@ fn an_adapter_of_peft_reads_and_survives_writing() {
 }
 
 #[test]
+fn ranks_and_alphas_of_single_layers_are_read_and_written_as_peft_has_them() {
+    let initial = peft::read(&fixture("peft/initial")).expect("read");
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (q, v) = ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj");
+    let mut mixed = initial.clone();
+    let lora = mixed.layers.get_mut(q).expect("q_proj");
+    lora.r = 2;
+    lora.a.truncate(2 * lora.d_in);
+    lora.b = (0..2 * lora.d_out).map(|n| n as f32).collect();
+    peft::write(dir.path(), &mixed).expect("written");
+    assert_eq!(peft::read(dir.path()).expect("read back"), mixed);
+    let path = dir.path().join("adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("read")).expect("JSON");
+    assert_eq!(config["rank_pattern"], serde_json::json!({ q: 2 }));
+
+    // alpha 16 instead of 8 for every v_proj: twice the update
+    config["alpha_pattern"] = serde_json::json!({ "v_proj": 16 });
+    fs::write(&path, config.to_string()).expect("written");
+    let read = peft::read(dir.path()).expect("read");
+    let doubled: Vec<f32> = mixed.layers[v].b.iter().map(|value| 2.0 * value).collect();
+    assert_eq!(read.layers[v].b, doubled);
+    assert_eq!(read.layers[q], mixed.layers[q]);
+    assert!((read.config.scale_of(2) - 4.0).abs() < 1e-12, "alpha 8 over rank 2");
+
+    config["alpha_pattern"] = serde_json::json!({ "^model.*v_proj$": 16 });
+    fs::write(&path, config.to_string()).expect("written");
+    let error = peft::read(dir.path()).expect_err("a regular expression");
+    assert!(error.to_string().contains("alpha_pattern has other keys than names of modules"), "{error}");
+}
+
+#[test]
+fn an_adapter_over_other_weights_of_the_same_shape_is_refused_with_both_digests() {
+    use miette::Diagnostic;
+    let base = base("llama-tied");
+    let mut adapter = peft::read(&fixture("peft/initial")).expect("read");
+    adapter.require_trained_base(&base).expect("it does not say what it was trained on");
+    let digest = base.digest().expect("digest");
+    adapter.config.provenance.base_digest = Some(digest.clone());
+    adapter.require_trained_base(&base).expect("its base");
+    adapter.config.provenance.base_digest = Some("0".repeat(64));
+    adapter.check_base(&base).expect("the shapes fit");
+    let error = adapter.require_trained_base(&base).expect_err("other weights");
+    let text = error.to_string();
+    assert!(text.contains(&format!("expected digest {}, got {digest}", "0".repeat(64))), "{text}");
+    assert!(error.help().expect("help").to_string().contains("--any-base"));
+}
+
+#[test]
 fn an_adapter_for_another_base_lists_every_mismatch() {
     use miette::Diagnostic;
     let mut adapter = peft::read(&fixture("peft/initial")).expect("read");
@@ -252,7 +300,7 @@ fn unusable_adapters_say_everything() {
         config["r"] = 5.into();
     });
     let text = peft::read(dir.path()).expect_err("unsupported").to_string();
-    for part in ["use_dora", "bias is \"all\"", "rank_pattern", "expected rank 5", "more)"] {
+    for part in ["use_dora", "bias is \"all\"", "expected rank 8", "expected rank 5", "more)"] {
         assert!(text.contains(part), "{part} in {text}");
     }
     fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin"))

@@ -80,6 +80,10 @@ impl OllamaServer {
     /// # Errors
     /// [`HubError::NoOllamaServer`] where nothing, or something else, answers; [`HubError::OllamaTooOld`].
     pub fn connect(host: &OllamaHost) -> Result<Self, HubError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            version: String,
+        }
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_resolve(Some(CONNECT_LIMIT))
@@ -87,11 +91,6 @@ impl OllamaServer {
         // a proxy for the internet does not know this machine's own ports
         let config = if host.is_local() { config.proxy(None) } else { config };
         let agent = Agent::from(config.build());
-
-        #[derive(Deserialize)]
-        struct Answer {
-            version: String,
-        }
         let no_server = |reason: String| HubError::NoOllamaServer { url: host.to_string(), reason };
         let call = agent.get(host.url("api/version")).config().timeout_global(Some(QUICK_LIMIT)).build();
         let mut response = call.call().map_err(|error| no_server(reason_of(&error)))?;

@@ -227,7 +227,7 @@ impl Counting<'_> {
             terms.push(self.gradients());
         }
         // The output of the blocks; of its trained positions themselves, normalised, and the gradient of that.
-        let hidden = product(&[F32, d, tokens.saturating_add(3 * targets)]);
+        let hidden = product(&[F32, d, tokens.saturating_add(targets.saturating_mul(3))]);
         terms.push((
             "hidden states of the loss",
             hidden,
@@ -237,7 +237,11 @@ impl Counting<'_> {
             Dtype::F32 => (LOSS_CHUNK.min(targets), product(&[vocab, F32]), "4 bytes".to_string()),
             Dtype::Bf16 => {
                 let groups = product(&[vocab.div_ceil(GROUP), 2 * F32]);
-                ((2 * LOSS_CHUNK).min(targets), product(&[vocab, BF16]) + groups, "2.25 bytes".into())
+                (
+                    (2 * LOSS_CHUNK).min(targets),
+                    product(&[vocab, BF16]).saturating_add(groups),
+                    "2.25 bytes".into(),
+                )
             }
         };
         let logits = product(&[chunk, per_logit]);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::Tensor;
 use tune_adapters::{LINEARS, LoraConfig, Targets};
+use tune_formats::provenance::Provenance;
 use tune_formats::{BaseModel, ModelConfig, peft};
 use tune_models::{Llama, ModelError};
 use tune_recipe::{Layers, RunSpec, TargetModules};
@@ -86,7 +87,7 @@ pub fn parameters(model: &mut Llama) -> Vec<(String, &mut Tensor<2>)> {
 }
 
 /// The adapters as a PEFT folder holds them.
-pub(crate) fn trained_adapter(model: &mut Llama, spec: &RunSpec, base_digest: &str) -> peft::Adapter {
+pub(crate) fn trained_adapter(model: &mut Llama, spec: &RunSpec, provenance: Provenance) -> peft::Adapter {
     let values = |tensor: &Tensor<2>| tensor.to_data().iter::<f32>().collect::<Vec<f32>>();
     let layers: BTreeMap<String, peft::LoraWeights> = model
         .adapters_mut()
@@ -101,7 +102,7 @@ pub(crate) fn trained_adapter(model: &mut Llama, spec: &RunSpec, base_digest: &s
         layers.keys().filter_map(|path| path.rsplit('.').next()).map(String::from).collect();
     let config = peft::AdapterConfig {
         base_model_name_or_path: Some(spec.model.base.clone()),
-        base_digest: Some(base_digest.to_string()),
+        provenance,
         r: spec.adapter.r,
         lora_alpha: spec.adapter.lora_alpha,
         lora_dropout: spec.adapter.lora_dropout,

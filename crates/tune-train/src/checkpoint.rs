@@ -53,7 +53,7 @@ pub struct State {
 /// What a run trains.
 pub enum Trained {
     /// An adapter over a frozen base.
-    Adapter(Adapter),
+    Adapter(Box<Adapter>),
     /// All weights by name, a vector as one row. The tensors of a model are shared, not copied.
     Weights(BTreeMap<String, Tensor<2>>),
 }
@@ -139,7 +139,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Checkpoint, TrainError> {
             stored.files.tensors().keys().map(|name| Ok((name.clone(), stored.matrix(name, device)?)));
         Trained::Weights(tensors.collect::<Result<_, TrainError>>()?)
     } else {
-        Trained::Adapter(peft::read(path)?)
+        Trained::Adapter(Box::new(peft::read(path)?))
     };
     Ok(Checkpoint { state, trained, moments })
 }

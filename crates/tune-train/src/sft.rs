@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use tune_adapters::Dropout;
 use tune_data::{Batcher, MicroBatch};
 use tune_eval::{Evaluation, evaluate};
+use tune_formats::provenance::{Provenance, sha256_of};
 use tune_formats::{BaseModel, peft};
 use tune_kernels::Arithmetic;
 use tune_memory::{end_phase, peak_resident_bytes};
@@ -212,8 +213,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         on_event(Event::Saved { path });
     }
     if finish == Finish::Completed && spec.adapter.method != Method::Full {
-        let digest = state.settings.get("base").cloned().unwrap_or_default();
-        let adapter = trained_adapter(&mut model, spec, &digest);
+        let adapter = trained_adapter(&mut model, spec, provenance(setup)?);
         peft::write(&folder.adapter(), &adapter)?;
     }
     Ok(Outcome { finish, steps: state.step, model })
@@ -340,8 +340,7 @@ fn save(setup: &Setup<'_>, state: &State, model: &mut Llama, adam: &AdamW) -> Re
             Trained::Weights(weights.collect())
         }
         Method::Lora | Method::Qlora => {
-            let digest = state.settings.get("base").cloned().unwrap_or_default();
-            Trained::Adapter(trained_adapter(model, setup.spec, &digest))
+            Trained::Adapter(Box::new(trained_adapter(model, setup.spec, provenance(setup)?)))
         }
     };
     let names = parameters(model).into_iter().map(|(name, _)| name);
@@ -407,6 +406,20 @@ fn settings(setup: &Setup<'_>) -> Result<BTreeMap<String, String>, TrainError> {
     settings.insert("base".into(), setup.base.digest()?);
     settings.insert("data".into(), digest([&setup.train, &setup.validation]));
     Ok(settings)
+}
+
+/// What the trained weights come from.
+fn provenance(setup: &Setup<'_>) -> Result<Provenance, TrainError> {
+    let mut recipe = settings(setup)?;
+    // a path of this machine says nothing elsewhere
+    recipe.remove("adapter.init_adapter");
+    Ok(Provenance {
+        base_digest: recipe.remove("base"),
+        data_digest: recipe.remove("data"),
+        template_digest: setup.base.chat_template.as_deref().map(sha256_of),
+        recipe: serde_json::to_string(&recipe).ok(),
+        version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+    })
 }
 
 /// SHA-256 over the tokens and the mask of all rows.

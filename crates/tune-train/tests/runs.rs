@@ -151,7 +151,7 @@ fn a_run_learns_and_writes_its_folder() {
     assert_eq!(course(&folder.read_metrics().expect("metrics")), course(&run.steps));
     let adapter = peft::read(&folder.adapter()).expect("PEFT folder");
     assert_eq!(adapter.layers.len(), 21);
-    assert_eq!(adapter.config.base_digest, Some(base().digest().expect("digest")));
+    assert_eq!(adapter.config.provenance.base_digest, Some(base().digest().expect("digest")));
     let kept = fs::read_dir(folder.checkpoints()).expect("checkpoints").count();
     assert_eq!(kept, 2, "save_total_limit");
 }

@@ -13,9 +13,8 @@ pub fn resolve(reference: &ModelRef, refresh: bool) -> miette::Result<Resolved> 
     let resolved = tune_hub::resolve(reference, &options, &mut |progress| match progress {
         Progress::Started { file, from, bytes } => {
             let fresh = match bytes {
-                Some(bytes) => ProgressBar::new(bytes)
-                    .with_style(style("{bytes} of {total_bytes}, {bytes_per_sec}, {eta} left")),
-                None => ProgressBar::new_spinner().with_style(spinner()),
+                Some(bytes) => bytes_bar(bytes, ""),
+                None => ProgressBar::new_spinner().with_style(counting_spinner()),
             };
             fresh.set_message(format!("{file} from {from}"));
             fresh.enable_steady_tick(Duration::from_millis(200));
@@ -57,12 +56,30 @@ pub fn resolve_local(reference: &ModelRef) -> Result<Resolved, HubError> {
     tune_hub::resolve(reference, &options, &mut |_| {})
 }
 
+/// A bar over bytes, on a terminal.
+pub fn bytes_bar(bytes: u64, message: &str) -> ProgressBar {
+    let bar =
+        ProgressBar::new(bytes).with_style(style("{bytes} of {total_bytes}, {bytes_per_sec}, {eta} left"));
+    bar.set_message(message.to_owned());
+    bar
+}
+
+/// A sign that something goes on, on a terminal.
+pub fn spinner(message: &str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_style(
+        ProgressStyle::with_template("{spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()),
+    );
+    spinner.set_message(message.to_owned());
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    spinner
+}
+
 fn style(numbers: &str) -> ProgressStyle {
     ProgressStyle::with_template(&format!("{{msg}}\n{{wide_bar}} {numbers}"))
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-fn spinner() -> ProgressStyle {
+fn counting_spinner() -> ProgressStyle {
     ProgressStyle::with_template("{spinner} {msg} {bytes}")
         .unwrap_or_else(|_| ProgressStyle::default_spinner())
 }

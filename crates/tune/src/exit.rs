@@ -70,6 +70,19 @@ pub struct OverBudget {
     pub help: String,
 }
 
+/// A model in Ollama that does not behave as the trained one.
+#[derive(Debug, Error, Diagnostic)]
+#[error("{name} is in Ollama, and is not what was trained:\n  {}", problems.join("\n  "))]
+#[diagnostic(help(
+    "remove it with `ollama rm {name}`, update Ollama and export again; or set export.verify = \"warn\" to keep it"
+))]
+pub struct NotAsTrained {
+    /// The model.
+    pub name: String,
+    /// Every difference.
+    pub problems: Vec<String>,
+}
+
 /// The exit code of an error that reached `main`.
 pub fn code_of(report: &Report) -> ExitCode {
     let is_bad_reference = matches!(report.downcast_ref(), Some(HubError::BadReference { .. }));
@@ -79,7 +92,9 @@ pub fn code_of(report: &Report) -> ExitCode {
         DOES_NOT_FIT
     } else if report.is::<DataError>() {
         BAD_DATA
-    } else if report.downcast_ref::<ExportError>().is_some_and(ExportError::is_verification) {
+    } else if report.downcast_ref::<ExportError>().is_some_and(ExportError::is_verification)
+        || report.is::<NotAsTrained>()
+    {
         NOT_VERIFIED
     } else {
         1

@@ -47,16 +47,7 @@ pub fn of_spec(mut spec: RunSpec) -> miette::Result<Inputs> {
 impl Inputs {
     /// The recipe's rows, tokenised. They are kept for the next run unless `TUNE_NO_CACHE` is set.
     pub fn dataset(&self) -> miette::Result<Dataset> {
-        let sources: Vec<DataSource> = self
-            .spec
-            .data
-            .iter()
-            .map(|data| DataSource {
-                path: data.path.clone(),
-                format: format(data.format),
-                train_on: train_on(data.train_on),
-            })
-            .collect();
+        let sources = self.sources();
         let options = LoadOptions {
             sequence_len: self.spec.data_options.sequence_len,
             overlong: overlong(self.spec.data_options.overlong),
@@ -69,6 +60,16 @@ impl Inputs {
         };
         check_ids(dataset.samples.iter().flat_map(|sample| &sample.input_ids), &self.base)?;
         Ok(dataset)
+    }
+
+    /// The files that the recipe names.
+    pub fn sources(&self) -> Vec<DataSource> {
+        let source = |data: &tune_recipe::Data| DataSource {
+            path: data.path.clone(),
+            format: format(data.format),
+            train_on: train_on(data.train_on),
+        };
+        self.spec.data.iter().map(source).collect()
     }
 }
 

@@ -21,6 +21,9 @@ pub struct ModelArgs {
     /// PEFT adapter folder to put over the model
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Use the adapter also over weights that it was not trained on
+    #[arg(long)]
+    pub any_base: bool,
 }
 
 /// A model ready to run.
@@ -46,7 +49,7 @@ pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
     } else {
         (args.model.clone(), args.adapter.clone(), Quantization::Keep)
     };
-    let (base, model) = load(&reference, quantization, adapter.as_deref())?;
+    let (base, model) = load(&reference, quantization, adapter.as_deref(), args.any_base)?;
     let tokenizer = Tokenizer::from_base(&base)?;
     Ok(Opened { base, tokenizer, model })
 }
@@ -58,7 +61,7 @@ fn open_trained(run: &RunFolder, spec: &RunSpec, args: &ModelArgs) -> miette::Re
     let mut model = tune_models::load(&base, Quantization::Keep, &Device::flex())?;
     if let Some(path) = &args.adapter {
         let adapter = peft::read(path)?;
-        adapter.check_base(&base)?;
+        check_adapter(&adapter, &base, args.any_base)?;
         model.attach_weights(&adapter, 0.0)?;
     }
     let tokenizer = Tokenizer::from_base(&base)?;
@@ -77,6 +80,15 @@ pub fn trained_base(run: &RunFolder, path: &Path) -> miette::Result<BaseModel> {
     Ok(BaseModel { weights: trained.weights, ..tune_formats::open(path)? })
 }
 
+/// Refuses an adapter that does not fit, or that was trained on other weights.
+pub fn check_adapter(adapter: &peft::Adapter, base: &BaseModel, any_base: bool) -> miette::Result<()> {
+    adapter.check_base(base)?;
+    if !any_base {
+        adapter.require_trained_base(base)?;
+    }
+    Ok(())
+}
+
 /// A tokenizer may know ids that the weights have no row for, when its files belong to another model.
 pub fn check_ids<'a>(ids: impl IntoIterator<Item = &'a u32>, base: &BaseModel) -> miette::Result<()> {
     let rows = base.config.vocab_size;
@@ -93,13 +105,14 @@ fn load(
     reference: &str,
     quantization: Quantization,
     adapter: Option<&Path>,
+    any_base: bool,
 ) -> miette::Result<(BaseModel, Llama)> {
     let resolved = download::resolve(&ModelRef::parse(reference)?, false)?;
     let base = tune_formats::open(&resolved.path)?;
     let mut model = tune_models::load(&base, quantization, &Device::flex())?;
     if let Some(path) = adapter {
         let adapter = peft::read(path)?;
-        adapter.check_base(&base)?;
+        check_adapter(&adapter, &base, any_base)?;
         model.attach_weights(&adapter, 0.0)?;
     }
     Ok((base, model))

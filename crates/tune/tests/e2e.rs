@@ -12,7 +12,8 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
 use tune_export::{ExportOptions, ExportRequest, ExportTarget, FileType, Verification};
-use tune_formats::peft::{Adapter, AdapterConfig};
+use tune_formats::ModelConfig;
+use tune_formats::peft::{self, Adapter, AdapterConfig, LoraWeights};
 
 /// Limits of one comparison of two logits files.
 struct Limits {
@@ -122,6 +123,56 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
 
     let adapter = bench.export(&run, "peft", "adapter");
     bench.check_peft(&base, &adapter, &tuned, "1e-3");
+}
+
+/// rsLoRA, ranks and alphas of single layers, and the permuted rows of q and k, all in one adapter with an effect large
+/// enough to see.
+#[test]
+fn adapters_with_rslora_and_ranks_of_their_own_run_in_llama_cpp() {
+    let bench = Bench::new(&[]);
+    let base = pull("smollm2:135m");
+    let folder = bench.path("peft");
+    peft::write(&folder, &synthetic_adapter(&base)).expect("the adapter is written");
+    let config_path = folder.join("adapter_config.json");
+    let mut config = read_json(&config_path);
+    assert!(config["rank_pattern"].as_object().is_some_and(|pattern| !pattern.is_empty()));
+    config["alpha_pattern"] = serde_json::json!({ "v_proj": 32 });
+    fs::write(&config_path, config.to_string()).expect("the configuration is written");
+
+    let tokens = bench.some_tokens();
+    let base_f32 = bench.dequantise(&base, "base-f32.gguf");
+    let plain = bench.llama_logits(&base_f32, None, &tokens, "base");
+    let tuned = bench.tune_logits(&base, Some(&folder), &tokens, "tuned");
+    let effect = bench.difference(&plain, &tuned)["mean_kl"].as_f64().expect("mean_kl");
+    assert!(effect > 0.01, "too small an effect ({effect} nats) to prove anything");
+
+    let lora = bench.path("adapter.gguf");
+    let base = path(&base).to_owned();
+    tune(&["export", path(&folder), "--base", &base, "--to", "gguf-lora", "--out", path(&lora)]);
+    bench.compare(&bench.llama_logits(&base_f32, Some(&lora), &tokens, "lora"), &tuned, &SAME_WEIGHTS);
+}
+
+/// Every linear layer of the model, with small numbers and three ranks.
+fn synthetic_adapter(base: &Path) -> Adapter {
+    let base = tune_formats::open(base).expect("the base opens");
+    let wave = |n: usize, seed: usize, step: f32| {
+        (0..n).map(|i| 0.02 * ((i + 131 * seed) as f32 * step).sin()).collect::<Vec<f32>>()
+    };
+    let mut layers = BTreeMap::new();
+    for layer in 0..base.config.num_hidden_layers {
+        for (i, (name, d_out, d_in)) in base.config.block_linears().into_iter().enumerate() {
+            let r = match name {
+                "q_proj" | "down_proj" => 4,
+                "k_proj" => 16,
+                _ => 8,
+            };
+            let (a, b) = (wave(r * d_in, 7 * layer + i, 0.7), wave(d_out * r, 5 * layer + i, 1.3));
+            layers.insert(ModelConfig::linear_path(layer, name), LoraWeights { r, d_in, d_out, a, b });
+        }
+    }
+    let config = AdapterConfig { r: 8, lora_alpha: 16.0, use_rslora: true, ..AdapterConfig::default() };
+    let target_modules = base.config.block_linears().iter().map(|(name, ..)| (*name).to_owned()).collect();
+    Adapter { config: AdapterConfig { target_modules, ..config }, layers }
 }
 
 /// In all types on a random model, untied, with shared key and value heads and rows of whole 256-value blocks; in the

@@ -1,4 +1,6 @@
-//! `tune export`: a trained run as GGUF, safetensors or PEFT.
+//! `tune export`: a trained run as GGUF, safetensors, PEFT or a model in Ollama.
+
+mod ollama;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -6,23 +8,24 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use miette::Result;
+use miette::{IntoDiagnostic, Result};
 use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_export::{
-    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, Retention,
-    Verification, export,
+    ExportError, ExportEvent, ExportOptions, ExportReport, ExportRequest, ExportTarget, OllamaBase,
+    Retention, Verification, export,
 };
 use tune_formats::peft::{self, Adapter, AdapterConfig};
 use tune_formats::{BaseModel, Source};
-use tune_hub::ModelRef;
+use tune_hub::{ModelRef, OllamaSettings};
 use tune_models::Llama;
 use tune_recipe::{Method, Quantization, RunSpec, Verify};
 use tune_train::RunFolder;
 
 use crate::download;
-use crate::exit::UsageError;
-use crate::inputs::Inputs;
+use crate::exit::{INTERRUPTED, UsageError};
+use crate::inputs::{self, Inputs};
 use crate::model::trained_base;
+use ollama::{Creation, OllamaTarget};
 
 /// Below this much of the update, answers are closer to the base's than to the trained ones.
 const LEAST_KEPT: f64 = 0.9;
@@ -35,9 +38,11 @@ const LARGEST_ERROR: f64 = 2.0;
     gguf:q8_0     one merged file; also gguf:f32 f16 bf16 q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m\n  \
     \u{20}             q4_k_s q4_1 q4_0 iq4_nl mxfp4 q3_k_m q2_k, as llama-quantize makes them\n  \
     safetensors   merged, as a Hugging Face folder\n  \
-    peft          the adapter, as a PEFT folder\n\n\
+    peft          the adapter, as a PEFT folder\n  \
+    ollama:NAME   a model of the Ollama server at OLLAMA_HOST; ollama:NAME?gguf:TYPE says what is sent\n\n\
     Examples:\n  tune export runs/quickstart --to gguf:q8_0 --out quickstart.gguf\n  \
     tune export runs/quickstart --to gguf-lora\n  \
+    tune export runs/quickstart --to ollama:tickets\n  \
     tune export runs/quickstart/adapter --base ./another-quantisation.gguf --to gguf:f16")]
 pub struct Args {
     /// Folder of a run, or a PEFT adapter folder
@@ -51,36 +56,69 @@ pub struct Args {
     /// Another copy of the base, such as one that is not quantised
     #[arg(long, value_name = "REF")]
     base: Option<String>,
+    /// Take another base than the adapter was trained on
+    #[arg(long)]
+    any_base: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let target = parse_target(&args.to)?;
+    let target = Destination::parse(&args.to)?;
+    // Files get their names when they are whole, and a server keeps nothing of half an upload.
+    ctrlc::set_handler(|| std::process::exit(i32::from(INTERRUPTED))).into_diagnostic()?;
     let folder = RunFolder::new(&args.run);
     let spec = if folder.recipe().is_file() { Some(tune_recipe::load(&folder.recipe(), &[])?) } else { None };
     let trains_all = spec.as_ref().is_some_and(|spec| spec.adapter.method == Method::Full);
     if trains_all {
-        refuse_adapters(target)?;
+        target.refuse_adapters()?;
     }
     let adapter = if trains_all { no_adapter() } else { read_adapter(&folder, spec.is_some())? };
     let reference = base_reference(args, spec.as_ref(), &adapter)?;
-    let path = download::resolve(&ModelRef::parse(&reference)?, false)?.path;
-    let base = if trains_all { trained_base(&folder, &path)? } else { tune_formats::open(&path)? };
+    let resolved = download::resolve(&ModelRef::parse(&reference)?, false)?;
+    let base =
+        if trains_all { trained_base(&folder, &resolved.path)? } else { tune_formats::open(&resolved.path)? };
+    // Another base named on purpose, such as one of more bits, is noted and not refused.
+    if args.base.is_none() && !args.any_base {
+        adapter.require_trained_base(&base)?;
+    }
     let tokenizer = Tokenizer::from_base(&base)?;
 
     let name = spec.as_ref().map_or_else(|| name_of(&args.run), |spec| spec.run.name.clone());
+    let job = Job {
+        name: &name,
+        reference: &reference,
+        ollama: resolved.ollama.as_ref(),
+        base: &base,
+        adapter: &adapter,
+        tokenizer: &tokenizer,
+        spec: spec.as_ref(),
+    };
+    let target = match target {
+        Destination::File(target) => target,
+        Destination::Ollama(target) => {
+            let question = match &spec {
+                Some(spec) => question(spec)?,
+                None => vec![greeting()],
+            };
+            let in_run = folder.root().join("export");
+            let creation = Creation {
+                job: &job,
+                target: &target,
+                resolved: &resolved,
+                folder: args.out.as_deref().unwrap_or(&in_run),
+                trains_all,
+                question,
+                any_base: args.any_base,
+            };
+            creation.run()?;
+            println!("{}", target.name);
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     let in_run = default_path(&folder, target, &name);
     let (out, replace_folder) = match &args.out {
         None => (in_run, true),
         Some(out) if out.is_dir() && !target.is_folder() => (out.join(target.file_name(&name)), false),
         Some(out) => (out.clone(), false),
-    };
-    let job = Job {
-        name: &name,
-        reference: &reference,
-        base: &base,
-        adapter: &adapter,
-        tokenizer: &tokenizer,
-        spec: spec.as_ref(),
     };
     let report = job.write(target, &out, replace_folder)?;
     eprintln!("wrote     {} ({})", report.path.display(), HumanBytes(report.bytes));
@@ -91,12 +129,33 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Refuses a run's targets that could not be written, before it has trained for hours.
+/// Refuses a run's targets that could not be written, and warns of a server that is not there, before it has trained
+/// for hours.
 pub fn check_targets(spec: &RunSpec) -> Result<()> {
-    spec.export.targets.iter().try_for_each(|target| match (parse_target(target)?, spec.adapter.method) {
-        (target, Method::Full) => refuse_adapters(target),
-        _ => Ok(()),
-    })
+    for target in &spec.export.targets {
+        let target = Destination::parse(target)?;
+        if spec.adapter.method == Method::Full {
+            target.refuse_adapters()?;
+        }
+    }
+    Ok(())
+}
+
+/// What a run should be told before it starts: a target in Ollama needs a server.
+pub fn warn_of_targets(spec: &RunSpec, say: &dyn Fn(String)) {
+    let names: Vec<&str> =
+        spec.export.targets.iter().filter_map(|target| target.strip_prefix("ollama:")).collect();
+    if names.is_empty() {
+        return;
+    }
+    match ollama::connect() {
+        Ok(server) => say(format!("ollama    {} answers at {}", server.version(), server.host())),
+        Err(error) => say(format!(
+            "warning   {error}; without it at the end of the run, the files and a Modelfile are written, and {} is not \
+             created",
+            names.join(", ")
+        )),
+    }
 }
 
 /// Where all weights were trained there is no adapter to write.
@@ -122,6 +181,7 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -
     let job = Job {
         name: &inputs.spec.run.name,
         reference: &inputs.spec.model.base,
+        ollama: None,
         base: &base,
         adapter: &no_adapter(),
         tokenizer: &inputs.tokenizer,
@@ -130,29 +190,86 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -
     job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
 
-/// Writes one of a run's own targets into its folder and gives the path.
-pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<PathBuf> {
+/// A run's own targets, those first that need nobody else.
+pub fn in_order(spec: &RunSpec) -> Vec<&String> {
+    let mut targets: Vec<&String> = spec.export.targets.iter().collect();
+    targets.sort_by_key(|target| target.starts_with("ollama:"));
+    targets
+}
+
+/// Exports one of a run's own targets into its folder, or into Ollama, and gives the path or the name.
+pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<String> {
     let spec = &inputs.spec;
-    let target = parse_target(target)?;
+    let target = Destination::parse(target)?;
     let trains_all = spec.adapter.method == Method::Full;
     let adapter = if trains_all { no_adapter() } else { read_adapter(folder, true)? };
     let trained = if trains_all { Some(trained_base(folder, &inputs.resolved.path)?) } else { None };
     let job = Job {
         name: &spec.run.name,
         reference: &spec.model.base,
+        ollama: inputs.resolved.ollama.as_ref(),
         base: trained.as_ref().unwrap_or(&inputs.base),
         adapter: &adapter,
         tokenizer: &inputs.tokenizer,
         spec: Some(spec),
     };
-    let report = job.write(target, &default_path(folder, target, &spec.run.name), true)?;
-    Ok(report.path)
+    match target {
+        Destination::File(target) => {
+            let report = job.write(target, &default_path(folder, target, &spec.run.name), true)?;
+            Ok(report.path.display().to_string())
+        }
+        Destination::Ollama(target) => {
+            let creation = Creation {
+                job: &job,
+                target: &target,
+                resolved: &inputs.resolved,
+                folder: &folder.root().join("export"),
+                trains_all,
+                question: question_of(inputs)?,
+                any_base: false,
+            };
+            creation.run()?;
+            Ok(target.name.to_string())
+        }
+    }
+}
+
+/// What a new model is asked: a sample prompt of the recipe, or else a row that was held out.
+fn question(spec: &RunSpec) -> Result<Vec<Message>> {
+    match sample_prompt(spec) {
+        Some(question) => Ok(question),
+        None => question_of(&inputs::of_spec(spec.clone())?),
+    }
+}
+
+fn question_of(inputs: &Inputs) -> Result<Vec<Message>> {
+    if let Some(question) = sample_prompt(&inputs.spec) {
+        return Ok(question);
+    }
+    let dataset = inputs.dataset()?;
+    let held_out = dataset.held_out(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+    let mut rows = held_out.iter().chain(&dataset.origins);
+    let sources = inputs.sources();
+    Ok(rows.find_map(|row| tune_data::question(&sources, *row)).unwrap_or_else(|| vec![greeting()]))
+}
+
+fn sample_prompt(spec: &RunSpec) -> Option<Vec<Message>> {
+    let prompt = spec.samples.prompts.first()?;
+    let system = spec.samples.system.as_deref().map(|text| Message::new("system", text));
+    Some(system.into_iter().chain([Message::new("user", prompt)]).collect())
+}
+
+/// For adapters of unknown training.
+fn greeting() -> Message {
+    Message::new("user", "What can you do for me?")
 }
 
 /// What is exported.
 struct Job<'a> {
     name: &'a str,
     reference: &'a str,
+    /// What the base sets in Ollama, where it is from there.
+    ollama: Option<&'a OllamaSettings>,
     base: &'a BaseModel,
     adapter: &'a Adapter,
     tokenizer: &'a Tokenizer,
@@ -186,10 +303,17 @@ impl Job<'_> {
             (Source::Gguf(_), ExportTarget::Safetensors) => tune_data::gguf_tokenizer_json(self.base)?,
             _ => None,
         };
+        let settings = self.ollama.cloned().unwrap_or_default();
+        let stop: Vec<String> = settings.stop().into_iter().map(str::to_owned).collect();
         let options = ExportOptions {
             name: Some(self.name),
             chat_template: None,
-            ollama_base: self.reference.strip_prefix("ollama:"),
+            ollama_base: self.reference.strip_prefix("ollama:").map(|name| OllamaBase {
+                name,
+                template: settings.template.as_deref(),
+                system: settings.system.as_deref(),
+                stop: &stop,
+            }),
             tokenizer_json: tokenizer_json.as_deref(),
             verification: self.spec.map_or(Verification::Strict, |spec| match spec.export.verify {
                 Verify::Strict => Verification::Strict,
@@ -214,13 +338,29 @@ impl Job<'_> {
     }
 }
 
-fn parse_target(text: &str) -> Result<ExportTarget> {
-    if let Some(name) = text.strip_prefix("ollama:") {
-        return Err(UsageError::report(
-            format!("\"{text}\" cannot be written by this version"),
-            format!("export gguf-lora, then run `ollama create {name} -f` with the Modelfile beside it"),
-        ));
+/// What `--to` and the recipe's targets name.
+enum Destination {
+    File(ExportTarget),
+    Ollama(OllamaTarget),
+}
+
+impl Destination {
+    fn parse(text: &str) -> Result<Self> {
+        match text.strip_prefix("ollama:") {
+            Some(name) => OllamaTarget::parse(name).map(Self::Ollama),
+            None => parse_file_target(text).map(Self::File),
+        }
     }
+
+    fn refuse_adapters(&self) -> Result<()> {
+        match self {
+            Self::File(target) => refuse_adapters(*target),
+            Self::Ollama(target) => target.upload.map_or(Ok(()), refuse_adapters),
+        }
+    }
+}
+
+fn parse_file_target(text: &str) -> Result<ExportTarget> {
     text.parse().map_err(|error| match error {
         ExportError::Target { given, help } => {
             UsageError::report(format!("unknown export target \"{given}\""), help)

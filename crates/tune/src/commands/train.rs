@@ -66,6 +66,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     if trains_all && inputs::facts(base).quantized {
         say("note      the base is quantised: its decoded weights are where training starts".into());
     }
+    export::warn_of_targets(&inputs.spec, &say);
     say(format!("base      {} ({})", inputs.resolved.reference, inputs.resolved.origin));
     let dataset = inputs.dataset()?;
     let report = &dataset.report;
@@ -137,9 +138,9 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     if mode != Mode::Json {
         show_samples(&inputs, &outcome)?;
     }
-    for target in &spec.export.targets {
-        let path = export::export_run(&folder, &inputs, target)?;
-        say(format!("exported  {} ({target})", path.display()));
+    for target in export::in_order(spec) {
+        let exported = export::export_run(&folder, &inputs, target)?;
+        say(format!("exported  {exported} ({target})"));
     }
     if spec.export.targets.is_empty() {
         let target = if trains_all { "gguf:f16 --out model.gguf" } else { "gguf-lora --out adapter.gguf" };

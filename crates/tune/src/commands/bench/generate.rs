@@ -70,7 +70,7 @@ struct Report {
 
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
     use_threads(args.threads)?;
-    let opened = model::open(&ModelArgs { model: args.model.clone(), adapter: None })?;
+    let opened = model::open(&ModelArgs { model: args.model.clone(), adapter: None, any_base: false })?;
     let (prompt_tokens, new_tokens) = (args.prompt_tokens.get(), args.new_tokens);
     let limit = opened.model.config().max_position_embeddings;
     if prompt_tokens.saturating_add(new_tokens) > limit {
