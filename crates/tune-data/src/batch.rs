@@ -99,6 +99,11 @@ impl Batcher {
         Ok(Self { samples, options })
     }
 
+    /// The same samples with another number of rows per micro-batch.
+    pub fn set_micro_batch_size(&mut self, micro_batch_size: usize) {
+        self.options.micro_batch_size = micro_batch_size;
+    }
+
     /// The samples.
     pub fn samples(&self) -> &[Sample] {
         &self.samples

@@ -189,7 +189,7 @@ impl<'a> MergedTensor<'a> {
         match rounding {
             Rounding::Refit => block_type.encode(merged, encoded),
             Rounding::BaseGrid => {
-                on_grids(&matrix.grids(block_type, rows, merged), merged, block_type, encoded)
+                on_grids(&matrix.grids(block_type, rows, merged), merged, block_type, encoded);
             }
             Rounding::Feedback(feedback) => {
                 let grids = matrix.grids(block_type, rows, merged);

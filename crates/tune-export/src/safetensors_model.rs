@@ -296,6 +296,7 @@ fn verify(
         if at != found.len() {
             differences.push(format!("{}: {} bytes, expected {at}", spec.name, found.len()));
         }
+        found.release();
         progress(ExportEvent::Verified { done, tensors: specs.len() });
     }
     Ok(())

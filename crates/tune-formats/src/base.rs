@@ -81,6 +81,8 @@ impl BaseModel {
                 if let Storage::Blocks { bytes, .. } = matrix.storage() {
                     hash.update(&bytes[..bytes.len().min(DIGEST_BYTES)]);
                 }
+                // The system has mapped more pages than were read, of weights that may never be needed again.
+                matrix.release();
             } else {
                 let values = self.weights.vector(&name)?;
                 let bytes: &[u8] = bytemuck::cast_slice(&values);

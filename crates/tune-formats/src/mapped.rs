@@ -10,21 +10,7 @@ use tune_quant::SharedBytes;
 
 use crate::FormatError;
 
-/// The whole file, read-only, without copying it into memory.
-#[allow(unsafe_code, reason = "memory mapping")]
-pub(crate) fn map(path: &Path) -> Result<Arc<dyn SharedBytes>, FormatError> {
-    let read = |error| FormatError::read(path, error);
-    let file = File::open(path).map_err(read)?;
-    // An empty map is an error on some systems.
-    if file.metadata().map_err(read)?.len() == 0 {
-        return Ok(Arc::new(Vec::new()));
-    }
-    // SAFETY: the map is read-only and nothing here writes to a file that it maps. As with every memory-mapped
-    // model, another process that truncates the file meanwhile ends this one with a signal.
-    let map = unsafe { Mmap::map(&file) }.map_err(read)?;
-    Ok(Arc::new(MappedFile(map)))
-}
-
+/// A file that is mapped as a whole, read-only.
 struct MappedFile(Mmap);
 
 impl AsRef<[u8]> for MappedFile {
@@ -34,14 +20,39 @@ impl AsRef<[u8]> for MappedFile {
 }
 
 impl SharedBytes for MappedFile {
-    #[cfg(unix)]
-    #[allow(unsafe_code, reason = "memory mapping")]
+    /// Whole pages within the range; those at its ends may hold something else that is in use.
     fn release(&self, range: Range<usize>) {
-        use memmap2::UncheckedAdvice::DontNeed;
-        // SAFETY: the map is shared and read-only, so there are no changes to lose, and whoever reads the pages later
-        // or at this moment gets them from the file again.
-        let released = unsafe { self.0.unchecked_advise_range(DontNeed, range.start, range.len()) };
-        // Only memory that could have been free is at stake.
-        let _ = released;
+        #[cfg(target_os = "linux")]
+        #[allow(unsafe_code, reason = "memory mapping")]
+        {
+            /// A multiple of every page size in use.
+            const PAGE: usize = 64 << 10;
+            let (start, end) =
+                (range.start.next_multiple_of(PAGE), range.end.min(self.0.len()) / PAGE * PAGE);
+            if start < end {
+                // SAFETY: a read-only mapping of a file: what is dropped is read from the file again, with the same content.
+                // An error leaves the pages where they are.
+                let _ = unsafe {
+                    self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+                };
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
     }
+}
+
+/// The whole file, read-only, without copying it into memory.
+#[allow(unsafe_code, reason = "memory mapping")]
+pub(crate) fn map(path: &Path) -> Result<Arc<dyn SharedBytes>, FormatError> {
+    let read = |error| FormatError::read(path, error);
+    let file = File::open(path).map_err(read)?;
+    // An empty map is an error on some systems.
+    if file.metadata().map_err(read)?.len() == 0 {
+        return Ok(Arc::new(Vec::<u8>::new()));
+    }
+    // SAFETY: the map is read-only and nothing here writes to a file that it maps. As with every memory-mapped
+    // model, another process that truncates the file meanwhile ends this one with a signal.
+    let map = unsafe { Mmap::map(&file) }.map_err(read)?;
+    Ok(Arc::new(MappedFile(map)))
 }

@@ -80,6 +80,7 @@ impl Weight {
                 let mut values = vec![0.0; rows * cols];
                 let decoded = values.par_chunks_exact_mut(cols.max(1)).enumerate();
                 decoded.with_min_len(16).for_each(|(row, out)| weight.matrix().decode_row(row, out));
+                weight.matrix().release();
                 Self::Trained(Tensor::from_data(TensorData::new(values, [rows, cols]), device))
             }
             Self::Trained(_) => self.clone(),

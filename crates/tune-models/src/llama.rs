@@ -561,7 +561,11 @@ impl Loader<'_> {
         let path = ModelConfig::linear_path(layer, name);
         let stored = self.matrix(&format!("{path}.weight"), d_out, d_in)?;
         let weight = match self.quantization {
-            Quantization::Nf4 if !stored.is_quantized() => stored.to_nf4(),
+            Quantization::Nf4 if !stored.is_quantized() => {
+                let quantised = stored.to_nf4();
+                stored.release();
+                quantised
+            }
             _ => stored,
         };
         let bias_name = format!("{path}.bias");

@@ -24,6 +24,7 @@ pub mod reference;
 mod shape;
 mod size;
 mod table;
+mod terms;
 mod weights;
 
 pub use answer::{Answer, SCHEMA_VERSION};
@@ -31,7 +32,7 @@ pub use cache_type::CacheType;
 pub use calibration::{Calibration, FLEX};
 pub use catalogue::{CatalogueModel, Certainty, catalogue, find as find_in_catalogue, similar_models};
 pub use device::{Device, DeviceChoice, DeviceKind, UnknownDevice, device_names, parse_device};
-pub use estimate::{Basis, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
+pub use estimate::{Basis, DataFacts, Estimate, MemoryPlan, PhaseBytes, PlanInput, Term, estimate, rough};
 pub use generic::{BaseType, Kept, Loss, Trainer, generic, generic_plan};
 pub use inference::{
     InferenceEstimate, InferenceInput, InferencePlan, InferenceReference, KnownModel, inference, next_in_size,

@@ -34,10 +34,8 @@ impl Pool {
             let terms = plan.estimate.terms.iter().filter(|term| names.contains(&&*term.name));
             terms.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
         };
-        // Pages that were only read once give way under pressure: they count for what is seen, not for what fits.
-        let passing = sum(&["pages read once"]);
         match self {
-            Self::Shared => Split { pool: self, needed_bytes: upper.saturating_sub(passing), host_bytes: 0 },
+            Self::Shared => Split { pool: self, needed_bytes: upper, host_bytes: 0 },
             Self::Device => {
                 let host = sum(&HOST);
                 Split { pool: self, needed_bytes: upper.saturating_sub(host), host_bytes: host }
@@ -51,8 +49,8 @@ impl Pool {
     }
 }
 
-/// Beside a device, the program with its tokenizer and rows, and the mapped file, stay on the host.
-const HOST: [&str; 2] = ["process", "pages read once"];
+/// Beside a device, the program with its tokenizer and rows stays on the host.
+const HOST: [&str; 3] = ["process", "tokenizer", "rows"];
 
 /// Whether a term lies on the host where there is a device.
 pub fn is_on_host(term: &Term) -> bool {

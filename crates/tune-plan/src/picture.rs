@@ -46,7 +46,7 @@ impl Part {
             "adapters" | "trained weights" => Self::Adapters,
             name if name.contains("optimizer") || name.contains("moments") => Self::Optimizer,
             "block gradients" => Self::Block,
-            "gradient of the head" => Self::Loss,
+            "gradient of the head" | "gradients of the loss" => Self::Loss,
             name if name.starts_with("gradients") => Self::Gradients,
             name if name.contains("logits") || name.contains("loss") => Self::Loss,
             "block inputs" | "activations" => Self::Kept,

@@ -129,6 +129,7 @@ impl Answer {
         let bars = bars(&self.plan, self.memory.pool);
         for bar in &bars {
             let moment = match &*bar.phase {
+                "load" => "reading the tokenizer",
                 "loss" => "loss",
                 "block" => "backward of a block",
                 _ => "optimizer step",

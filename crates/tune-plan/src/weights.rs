@@ -1,7 +1,7 @@
 //! Bytes of the frozen weights: from the header of a file, or from dimensions alone.
 
 use serde::Serialize;
-use tune_formats::{BaseModel, FormatError};
+use tune_formats::{BaseModel, FormatError, Source};
 use tune_quant::BlockType;
 use tune_recipe::{Method, Quantization};
 
@@ -12,9 +12,8 @@ use crate::Shape;
 pub struct WeightBytes {
     /// Held through the run.
     pub held: u64,
-    /// Pages of the file that are read once, while quantising, and may stay in memory for as long as nobody needs
-    /// it.
-    pub passing: u64,
+    /// The tokenizer is read from a `tokenizer.json`, not from a GGUF file.
+    pub has_json_tokenizer: bool,
     /// Weights, tied ones once.
     pub parameters: u64,
     /// Bits of a weight of the block linears, scales included, rounded down.
@@ -34,7 +33,10 @@ impl WeightBytes {
 /// # Errors
 /// A tensor that cannot be read.
 pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<WeightBytes, FormatError> {
-    let mut sum = WeightBytes::default();
+    let mut sum = WeightBytes {
+        has_json_tokenizer: matches!(base.source, Source::HfDirectory(_)),
+        ..WeightBytes::default()
+    };
     let (mut linear_bytes, mut linear_elements) = (0, 0);
     for name in base.weights.names() {
         let shape = base.weights.shape(&name).unwrap_or_default();
@@ -52,7 +54,6 @@ pub fn from_model(base: &BaseModel, quantization: Quantization) -> Result<Weight
         let is_16_bit = stored >= 2 * elements;
         let to_nf4 = quantization == Quantization::Nf4 && is_16_bit && is_block_linear(&name);
         let held = if to_nf4 { nf4_bytes(elements) } else { stored };
-        sum.passing += if to_nf4 { stored } else { 0 };
         sum.held += held;
         if is_block_linear(&name) {
             linear_bytes += held;
@@ -86,7 +87,7 @@ pub fn in_bits(shape: &Shape, bits: u32) -> WeightBytes {
         sixteen(shape.embedding_parameters()).saturating_add(shape.vector_parameters().saturating_mul(4));
     WeightBytes {
         held: linear_bytes.saturating_add(other),
-        passing: 0,
+        has_json_tokenizer: false,
         parameters: shape.parameters(),
         linear_bits: (u128::from(linear_bytes) * 8 / u128::from(linears.max(1))) as u32,
     }

@@ -9,9 +9,9 @@ use half::bf16;
 use crate::nf4::Nf4Quantizer;
 use crate::{BlockType, Decoded, InstructionSet, Nf4};
 
-/// Bytes shared by all that read them: a memory map, or a vector.
+/// Bytes that several views share.
 pub trait SharedBytes: AsRef<[u8]> + Send + Sync {
-    /// Gives back the memory of bytes that a file holds as well. Reading them again brings them back.
+    /// These bytes are not needed for now: a file's pages may leave memory until they are read again. The content stays.
     fn release(&self, _range: Range<usize>) {}
 }
 
@@ -31,7 +31,7 @@ impl ByteView {
         (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
     }
 
-    /// See [`SharedBytes::release`].
+    /// Lets the pages of a mapped file leave memory until they are read again.
     pub fn release(&self) {
         self.owner.release(self.range.clone());
     }
@@ -151,6 +151,13 @@ impl StoredMatrix {
             cols: self.cols,
             storage: Storage::Nf4(Arc::new(quantizer.finish())),
             row_order: RowOrder::Natural,
+        }
+    }
+
+    /// Lets what is mapped from a file leave memory until it is read again: after its last use, or long before the next.
+    pub fn release(&self) {
+        if let Storage::Blocks { bytes, .. } = &self.storage {
+            bytes.release();
         }
     }
 

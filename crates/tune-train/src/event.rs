@@ -32,6 +32,13 @@ pub enum Event {
         /// Its folder.
         path: PathBuf,
     },
+    /// More memory is resident than the run may use. Told once.
+    OverBudget {
+        /// Peak of resident memory.
+        peak_bytes: u64,
+        /// What the run may use.
+        budget_bytes: u64,
+    },
     /// Validation has not improved for as long as the recipe allows.
     StoppedEarly {
         /// The last step.

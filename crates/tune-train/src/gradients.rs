@@ -15,6 +15,7 @@ use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
 use tune_kernels::{Arithmetic, add_embedding_gradient, alias, linear_cross_entropy, seed_gradient};
+use tune_memory::end_phase;
 use tune_models::{Block, Context, Layout, Llama, Output};
 
 /// Rows of the hidden states that go through the head at once in `f32`.
@@ -126,7 +127,9 @@ impl GradientSum {
             }
         }
 
+        end_phase("forward");
         let (loss, mut upstream) = self.add_output(model, hidden, trained, pass);
+        end_phase("loss");
         self.blocks.resize_with(blocks.len(), Vec::new);
         for (i, (block, kept)) in blocks.iter().zip(kept).enumerate().rev() {
             let Some(dy) = upstream.take() else { break };
@@ -152,6 +155,7 @@ impl GradientSum {
             let sum = add_embedding_gradient(sum, &batch.input_ids, &dx);
             self.embedding.push(sum.cast(gradient_dtype));
         }
+        end_phase("block");
         Some(loss)
     }
 

@@ -3,6 +3,7 @@
 //! Loss of a step: Σ −log p(target) over all its micro-batches, divided by all its trained tokens — not the mean
 //! of the micro-batches' means, which would weigh short ones more.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use tune_eval::{Evaluation, evaluate};
 use tune_formats::provenance::{Provenance, sha256_of};
 use tune_formats::{BaseModel, peft};
 use tune_kernels::Arithmetic;
+use tune_memory::{end_phase, peak_resident_bytes};
 use tune_models::{Llama, Quantization};
 use tune_recipe::{Method, Optimizer, RunSpec};
 
@@ -26,7 +28,7 @@ use crate::run_folder::MetricsLog;
 use crate::steps::{Step, steps};
 use crate::{
     AdamW, AdamWConfig, Event, GradientSum, Pass, RunFolder, Schedule, StepMetrics, TrainError,
-    clip_grad_norm, peak_memory_bytes,
+    clip_grad_norm,
 };
 
 /// What a run needs.
@@ -49,6 +51,17 @@ pub struct Setup<'a> {
     pub resume_from: Option<PathBuf>,
     /// Set from outside to save and stop.
     pub stop: &'a AtomicBool,
+    /// What the run may use, if that is known.
+    pub memory_limit: Option<MemoryLimit>,
+}
+
+/// Memory that a run may use. The peak of resident memory is compared with it after every micro-batch and every step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryLimit {
+    /// In bytes.
+    pub bytes: u64,
+    /// Beyond it the run saves and stops; otherwise it only says so.
+    pub stops: bool,
 }
 
 /// How a run ended.
@@ -58,6 +71,11 @@ pub enum Finish {
     Completed,
     /// Stopped from outside; a checkpoint is saved.
     Interrupted,
+    /// More memory was used than the run may use; a checkpoint is saved.
+    OverBudget {
+        /// Peak of resident memory.
+        peak_bytes: u64,
+    },
 }
 
 /// A run that ended without an error.
@@ -82,6 +100,8 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         Method::Full => model.unfreeze(),
         Method::Lora | Method::Qlora => adapt(&mut model, spec, base)?,
     }
+
+    end_phase("load");
 
     // Data.
     let steps = steps(&setup.train, &spec.train)?;
@@ -126,12 +146,16 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
 
     // Loop.
     let mut finish = Finish::Completed;
+    let mut watch = Watch { limit: setup.memory_limit, has_told: false };
     while state.step < steps.len() && !is_exhausted(&state, spec) {
         let started = Instant::now();
         let number = state.step + 1;
-        let Some(batch) = accumulate(setup, &model, &steps[state.step], number, on_event) else {
-            finish = Finish::Interrupted;
-            break;
+        let batch = match accumulate(setup, &model, &steps[state.step], number, &mut watch, on_event) {
+            Ok(batch) => batch,
+            Err(stopped) => {
+                finish = stopped;
+                break;
+            }
         };
         if !batch.loss.is_finite() {
             return Err(TrainError::Diverged { step: number, what: "loss", value: batch.loss });
@@ -146,11 +170,13 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
             let parameters = parameters(&mut model).into_iter().map(|(_, parameter)| parameter).collect();
             adam.step(learning_rate, parameters, gradients);
         }
+        end_phase("step");
         state.step = number;
         let seconds = started.elapsed().as_secs_f64();
 
         let due = spec.eval.eval_steps > 0 && number.is_multiple_of(spec.eval.eval_steps);
         let val_loss = (due || number == steps.len()).then(|| validate(&model, &held_out)).flatten();
+        end_phase("validation");
         state.elapsed_s += started.elapsed().as_secs_f64();
         let metrics = StepMetrics {
             step: number,
@@ -161,7 +187,7 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
             tokens: batch.tokens,
             trained_tokens: batch.trained_tokens,
             tokens_per_second: batch.tokens as f64 / seconds,
-            peak_memory_bytes: peak_memory_bytes(),
+            peak_memory_bytes: peak_resident_bytes(),
             elapsed_s: state.elapsed_s,
             val_loss,
             val_loss_before: val_loss_before.take(),
@@ -177,6 +203,12 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         }
         if is_exhausted(&state, spec) && number < steps.len() {
             on_event(Event::StoppedEarly { step: number });
+        } else if number < steps.len() {
+            // A run that has taken its last step has nothing to gain from stopping.
+            if let Some(stopped) = watch.look(on_event) {
+                finish = stopped;
+                break;
+            }
         }
     }
 
@@ -216,14 +248,35 @@ struct StepBatch {
     trained_tokens: usize,
 }
 
-/// Sums the gradients of a step's micro-batches; `None` when the run is to stop.
+/// Compares what is resident with what a run may use.
+struct Watch {
+    limit: Option<MemoryLimit>,
+    has_told: bool,
+}
+
+impl Watch {
+    /// How the run ends, if it has to: the peak never falls again, so looking now and then misses nothing.
+    fn look(&mut self, on_event: &mut dyn FnMut(Event)) -> Option<Finish> {
+        let (limit, peak_bytes) = self.limit.zip(peak_resident_bytes())?;
+        if peak_bytes <= limit.bytes {
+            return None;
+        }
+        if !std::mem::replace(&mut self.has_told, true) {
+            on_event(Event::OverBudget { peak_bytes, budget_bytes: limit.bytes });
+        }
+        limit.stops.then_some(Finish::OverBudget { peak_bytes })
+    }
+}
+
+/// Sums the gradients of a step's micro-batches. An error says how the run ends before the step is taken.
 fn accumulate(
     setup: &Setup<'_>,
     model: &Llama,
     step: &Step,
     number: usize,
+    watch: &mut Watch,
     on_event: &mut dyn FnMut(Event),
-) -> Option<StepBatch> {
+) -> Result<StepBatch, Finish> {
     let spec = setup.spec;
     let micro_batches: Vec<MicroBatch> =
         step.micro_batches.iter().map(|plan| setup.train.micro_batch(plan)).collect();
@@ -242,17 +295,22 @@ fn accumulate(
     };
     let work = pass.work(model) * micro_batches.len();
     let mut done = 0;
-    let mut watch = |more| {
+    let stopped = Cell::new(None);
+    let mut go_on = |more| {
         done += more;
         on_event(Event::Progress { step: number, share: done as f64 / work.max(1) as f64 });
-        if setup.stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        let stop = setup.stop.load(Ordering::Relaxed).then_some(Finish::Interrupted);
+        stopped.set(stop.or_else(|| watch.look(on_event)));
+        if stopped.get().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     for (index, micro_batch) in micro_batches.iter().enumerate() {
         let dropout = Some(Dropout { key: dropout_key(spec.train.seed, number, index) });
-        sum.loss += gradients.add(model, micro_batch, &Pass { dropout, ..pass }, &mut watch)?;
+        let loss = gradients.add(model, micro_batch, &Pass { dropout, ..pass }, &mut go_on);
+        let Some(loss) = loss else { return Err(stopped.get().unwrap_or(Finish::Interrupted)) };
+        sum.loss += loss;
     }
     sum.gradients = gradients.into_gradients();
-    Some(sum)
+    Ok(sum)
 }
 
 /// Mean loss over the held-out rows; `None` when there are none.
@@ -292,7 +350,10 @@ fn save(setup: &Setup<'_>, state: &State, model: &mut Llama, adam: &AdamW) -> Re
     };
     let names = parameters(model).into_iter().map(|(name, _)| name);
     let moments: Vec<_> = names.zip(adam.moments()).collect();
-    checkpoint::save(&setup.folder, state, &trained, &moments, setup.spec.checkpoint.save_total_limit)
+    let saved =
+        checkpoint::save(&setup.folder, state, &trained, &moments, setup.spec.checkpoint.save_total_limit);
+    end_phase("checkpoint");
+    saved
 }
 
 /// Restores what is trained and the optimiser from a checkpoint of the same run.

@@ -17,6 +17,35 @@ pub(crate) struct Step {
     pub epoch: f64,
 }
 
+/// The most that any micro-batch of a run has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct LargestMicroBatch {
+    /// Tokens.
+    pub tokens: usize,
+    /// Prediction targets.
+    pub targets: usize,
+}
+
+/// What the largest micro-batches of a run over `batcher` have, and of the validation over `held_out`. Lengths are known
+/// before the first step, and so is the order.
+pub fn largest_micro_batch(
+    batcher: &Batcher,
+    held_out: &Batcher,
+    train: &Train,
+) -> Result<LargestMicroBatch, TrainError> {
+    let mut largest = LargestMicroBatch::default();
+    let mut note = |samples: &[Sample], plan: &BatchPlan| {
+        let sum = |of: fn(&Sample) -> usize| plan.iter().map(|index| of(&samples[*index])).sum::<usize>();
+        largest.tokens = largest.tokens.max(sum(Sample::len));
+        largest.targets = largest.targets.max(sum(Sample::trained_tokens));
+    };
+    for step in steps(batcher, train)? {
+        step.micro_batches.iter().for_each(|plan| note(batcher.samples(), plan));
+    }
+    held_out.epoch(0).iter().for_each(|plan| note(held_out.samples(), plan));
+    Ok(largest)
+}
+
 /// All steps of a run: `max_steps` of them, or `num_epochs` passes. An epoch's last step may be smaller.
 ///
 /// The step with the longest micro-batch comes first: a run that does not fit in memory fails at once instead of

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tune_data::{BatchOptions, Batcher, Sample};
 use tune_formats::{BaseModel, peft};
+use tune_memory::peak_resident_bytes;
 use tune_recipe::RunSpec;
-use tune_train::{Event, Finish, RunFolder, Setup, StepMetrics, TrainError, checkpoint, sft};
+use tune_train::{Event, Finish, MemoryLimit, RunFolder, Setup, StepMetrics, TrainError, checkpoint, sft};
 
 fn base() -> BaseModel {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models/llama-tied");
@@ -69,6 +70,8 @@ fn batcher(spec: &RunSpec, samples: Vec<Sample>) -> Batcher {
 struct Run {
     finish: Finish,
     steps: Vec<StepMetrics>,
+    /// Times that more memory was used than allowed.
+    warnings: usize,
 }
 
 /// Trains in `folder`; stops as by Ctrl-C once `stop_after` steps are taken.
@@ -90,6 +93,21 @@ fn train_and(
     after_step: &mut dyn FnMut(usize),
 ) -> Result<Run, TrainError> {
     let stop = AtomicBool::new(stop_after == Some(0));
+    train_within(spec, folder, resume_from, None, &stop, &mut |step| {
+        stop.store(stop_after == Some(step), Ordering::Relaxed);
+        after_step(step);
+    })
+}
+
+/// Trains in `folder` within a limit and tells of every step.
+fn train_within(
+    spec: &RunSpec,
+    folder: &RunFolder,
+    resume_from: Option<PathBuf>,
+    memory_limit: Option<MemoryLimit>,
+    stop: &AtomicBool,
+    on_step: &mut dyn FnMut(usize),
+) -> Result<Run, TrainError> {
     let setup = Setup {
         spec,
         base: &base(),
@@ -99,17 +117,22 @@ fn train_and(
         plan: "{}".into(),
         kept_blocks: 0,
         resume_from,
-        stop: &stop,
+        stop,
+        memory_limit,
     };
-    let mut steps = Vec::new();
-    let outcome = sft(&setup, &mut |event| {
-        if let Event::Step(metrics) = event {
-            stop.store(stop_after == Some(metrics.step), Ordering::Relaxed);
-            after_step(metrics.step);
+    let (mut steps, mut warnings) = (Vec::new(), 0);
+    let outcome = sft(&setup, &mut |event| match event {
+        Event::Step(metrics) => {
+            on_step(metrics.step);
             steps.push(metrics);
         }
+        Event::OverBudget { peak_bytes, budget_bytes } => {
+            assert!(peak_bytes > budget_bytes);
+            warnings += 1;
+        }
+        _ => {}
     })?;
-    Ok(Run { finish: outcome.finish, steps })
+    Ok(Run { finish: outcome.finish, steps, warnings })
 }
 
 fn folder(root: &Path, name: &str) -> RunFolder {
@@ -181,6 +204,52 @@ fn an_interrupted_run_goes_on_as_if_it_had_never_stopped() {
     assert!(adapter_bytes(&parts) == adapter_bytes(&whole), "the adapters differ");
 }
 
+/// Memory beyond the budget stops a run after a whole step, with a checkpoint from which it goes on; where it is only to
+/// warn, it says so once.
+#[test]
+fn a_run_beyond_its_memory_saves_and_stops() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let whole = folder(dir.path(), "whole");
+    let uninterrupted = train(&spec(&[]), &whole, None, None).expect("trains");
+
+    let limit = |stops| {
+        let now = peak_resident_bytes().expect("known on this system");
+        Some(MemoryLimit { bytes: now + (64 << 20), stops })
+    };
+    let mut ballast = Vec::new();
+    let mut grow_at_5 = |step| {
+        if step == 5 {
+            let now = peak_resident_bytes().expect("known") as usize;
+            ballast.push(vec![1u8; now + (80 << 20)]);
+        }
+    };
+    let (parts, go_on) = (folder(dir.path(), "parts"), AtomicBool::new(false));
+    let first = train_within(&spec(&[]), &parts, None, limit(true), &go_on, &mut grow_at_5).expect("stops");
+    assert!(matches!(first.finish, Finish::OverBudget { .. }), "{:?}", first.finish);
+    assert_eq!((first.steps.len(), first.warnings), (5, 1));
+    let newest = checkpoint::newest(&parts).expect("saved");
+    assert!(newest.ends_with("step-000005"));
+
+    // With more to use it goes on, as if it had never stopped.
+    let rest = train(&spec(&[]), &parts, Some(newest), None).expect("finishes");
+    assert_eq!(rest.finish, Finish::Completed);
+    assert_eq!(course(&parts.read_metrics().expect("metrics")), course(&uninterrupted.steps));
+    assert!(adapter_bytes(&parts) == adapter_bytes(&whole), "the adapters differ");
+
+    // A limit that is already crossed: nothing is trained and nothing is written over.
+    let crossed = Some(MemoryLimit { bytes: 1, stops: true });
+    let none = folder(dir.path(), "none");
+    let run = train_within(&spec(&[]), &none, None, crossed, &go_on, &mut |_| ()).expect("stops");
+    assert!(matches!(run.finish, Finish::OverBudget { .. }) && run.steps.is_empty());
+    assert_eq!(checkpoint::newest(&none), None);
+
+    let warned = folder(dir.path(), "warned");
+    let only_warn = Some(MemoryLimit { bytes: 1, stops: false });
+    let run = train_within(&spec(&[]), &warned, None, only_warn, &go_on, &mut |_| ()).expect("trains");
+    assert_eq!((run.finish, run.warnings), (Finish::Completed, 1));
+    assert_eq!(course(&run.steps), course(&uninterrupted.steps));
+}
+
 /// A micro-batch of a large model takes minutes: nobody should have to wait for its end.
 #[test]
 fn a_run_stops_in_the_middle_of_a_micro_batch() {
@@ -201,6 +270,7 @@ fn a_run_stops_in_the_middle_of_a_micro_batch() {
         kept_blocks: 0,
         resume_from: None,
         stop: &stop,
+        memory_limit: None,
     };
     let mut shares = Vec::new();
     let outcome = sft(&setup, &mut |event| {
@@ -233,6 +303,7 @@ fn the_shares_of_a_step_add_up_to_one() {
             kept_blocks,
             resume_from: None,
             stop: &stop,
+            memory_limit: None,
         };
         let mut last = 0.0;
         sft(&setup, &mut |event| {

@@ -51,6 +51,25 @@ pub struct DoesNotFit {
     pub help: String,
 }
 
+/// A run that was stopped because it used more than its budget.
+#[derive(Debug, Error, Diagnostic)]
+#[error("the run used {used}, {beyond} more than the {budget} it may use ({planned} were planned); {saved}")]
+pub struct OverBudget {
+    /// Measured peak, for people.
+    pub used: String,
+    /// What it may use.
+    pub budget: String,
+    /// The difference.
+    pub beyond: String,
+    /// What the plan said.
+    pub planned: String,
+    /// What is kept of the run.
+    pub saved: String,
+    /// What to change.
+    #[help]
+    pub help: String,
+}
+
 /// A model in Ollama that does not behave as the trained one.
 #[derive(Debug, Error, Diagnostic)]
 #[error("{name} is in Ollama, and is not what was trained:\n  {}", problems.join("\n  "))]
@@ -84,7 +103,7 @@ pub fn code_of(report: &Report) -> ExitCode {
     let is_bad_reference = matches!(report.downcast_ref(), Some(HubError::BadReference { .. }));
     let code = if report.is::<RecipeError>() || report.is::<UsageError>() || is_bad_reference {
         USAGE
-    } else if report.is::<DoesNotFit>() {
+    } else if report.is::<DoesNotFit>() || report.is::<OverBudget>() {
         DOES_NOT_FIT
     } else if report.is::<DataError>() {
         BAD_DATA

@@ -37,48 +37,18 @@ use tune_recipe::Dtype;
 /// system does not tell.
 pub fn usable_memory() -> Option<u64> {
     const RESERVE: u64 = 3 << 29;
-    let available = available_memory()?;
+    let available = tune_memory::available_bytes()?;
     Some((available / 10 * 9).min(available.saturating_sub(RESERVE)))
 }
 
 /// This machine as a device to plan for. `None` where the system does not tell.
 pub fn device() -> Option<Device> {
-    Some(Device::measured(memory_of("MemTotal:")?, usable_memory()?))
-}
-
-/// `MemAvailable` of Linux, or what the control group of a container has left, where that is less.
-fn available_memory() -> Option<u64> {
-    let system = memory_of("MemAvailable:")?;
-    let number =
-        |file| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
-    let of_group =
-        number("memory.max").zip(number("memory.current")).map(|(max, used)| max.saturating_sub(used));
-    Some(of_group.map_or(system, |left| left.min(system)))
-}
-
-fn memory_of(field: &str) -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    Some(Device::measured(tune_memory::total_bytes()?, usable_memory()?))
 }
 
 /// The type that this processor multiplies fastest.
 pub fn fastest_dtype() -> Dtype {
     if tune_kernels::bf16::is_fast() { Dtype::Bf16 } else { Dtype::F32 }
-}
-
-/// Keeps freed buffers in the heap instead of returning them to the system after every operation: a step frees and
-/// allocates the same sizes again and again, and faulting fresh pages in costs up to a fifth of it. Without glibc
-/// nothing changes.
-pub fn keep_freed_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    #[allow(unsafe_code)]
-    // SAFETY: mallopt only sets parameters of the allocator, before any thread is started.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
-    }
 }
 
 /// Ends the program quietly when the reader of its output goes (`tune data … | head`), as other programs do. A training

@@ -6,6 +6,7 @@
 // Nothing of a binary can be reached from outside; `pub` here says "used by other modules".
 #![allow(unreachable_pub)]
 
+mod calibration;
 mod commands;
 mod disk_room;
 mod download;
@@ -28,6 +29,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+#[global_allocator]
+static BLOCKS: tune_memory::Blocks = tune_memory::Blocks;
+
 #[derive(Parser)]
 #[command(
     name = "tune",
@@ -43,7 +47,6 @@ struct Cli {
 
 fn main() -> ExitCode {
     machine::note_the_start();
-    machine::keep_freed_memory();
     let cli = Cli::parse();
     if !matches!(cli.command, commands::Command::Train(_)) {
         machine::end_with_the_reader();

@@ -5,16 +5,17 @@ use std::path::Path;
 
 use indicatif::HumanBytes;
 use serde_json::json;
-use tune_data::Sample;
+use tune_data::Batcher;
 use tune_formats::BaseModel;
 use tune_plan::advice::{Change, Question, Way};
 use tune_plan::memory::Pool;
-use tune_plan::{MemoryPlan, PlanInput, Shape, Term};
+use tune_plan::{DataFacts, MemoryPlan, PlanInput, Shape, Term};
 use tune_recipe::{Budget, Method, OnExceed, Overlong, Quantization, RunSpec};
+use tune_train::{MemoryLimit, Outcome, RunFolder, largest_micro_batch};
 
 use crate::disk_room::{self, Tensors};
-use crate::exit::DoesNotFit;
-use crate::{inputs, machine};
+use crate::exit::{DoesNotFit, OverBudget};
+use crate::{calibration, inputs, machine};
 
 /// A plan that has passed.
 pub struct Gate {
@@ -56,9 +57,15 @@ impl Start {
 }
 
 /// Compares the estimate for `spec` over `base` with the memory that the run may use. Under `on_exceed = "fit"`
-/// `spec` is changed until it fits, with the least harm; a run that goes on keeps the values it began with.
-pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample], start: Start) -> miette::Result<Gate> {
-    let question = question(spec, base, rows)?;
+/// `spec`, and with it the micro-batches of the rows to train on and of those held out, is changed until it fits, with the
+/// least harm; a run that goes on keeps the values it began with.
+pub fn check(
+    spec: &mut RunSpec,
+    base: &BaseModel,
+    mut rows: [&mut Batcher; 2],
+    start: Start,
+) -> miette::Result<Gate> {
+    let question = question(spec, base, &rows)?;
     let plan = question.plan();
     let fits = plan.fits.unwrap_or(true);
     match (spec.memory.on_exceed, start) {
@@ -79,7 +86,10 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample], start: Start
                 spec.change(path, &value, "to fit in memory");
             }
             spec.refine(&inputs::facts(base))?;
-            let question = self::question(spec, base, rows)?;
+            for batcher in rows.iter_mut() {
+                batcher.set_micro_batch_size(spec.train.micro_batch_size);
+            }
+            let question = self::question(spec, base, &rows)?;
             let plan = question.plan();
             if plan.fits == Some(false) {
                 return Err(refusal(&plan, &question.ways(), false).into());
@@ -95,7 +105,7 @@ pub fn check(spec: &mut RunSpec, base: &BaseModel, rows: &[Sample], start: Start
 
 /// What the gate asks: what the run needs over these rows, and what of it may change without asking the user. Not the
 /// base, and not whether all weights are trained.
-fn question(spec: &RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::Result<Question> {
+fn question(spec: &RunSpec, base: &BaseModel, rows: &[&mut Batcher; 2]) -> miette::Result<Question> {
     let budget = match spec.memory.budget {
         Budget::Auto => machine::usable_memory(),
         Budget::Bytes(bytes) => Some(bytes),
@@ -103,7 +113,8 @@ fn question(spec: &RunSpec, base: &BaseModel, rows: &[Sample]) -> miette::Result
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
     let shape = Shape::from(&base.config);
     let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
-    input.sequence_len = longest_row(spec, rows);
+    input.data = Some(facts(spec, rows)?);
+    input.calibration = calibration::current();
     let four_bit = match spec.adapter.method {
         Method::Full => None,
         Method::Lora | Method::Qlora => Some(tune_plan::from_model(base, Quantization::Nf4)?),
@@ -167,25 +178,66 @@ impl Gate {
         text
     }
 
-    /// The content of `plan.json`, after the run with what was measured.
-    pub fn json(&self, measured_peak: Option<u64>) -> String {
+    /// The content of `plan.json`, after the run with what was measured: the peak of resident memory, and the most in
+    /// large blocks in each phase.
+    pub fn json(&self, measured_peak: Option<u64>, blocks: &[(&str, u64)]) -> String {
         let mut plan = serde_json::to_value(&self.plan).unwrap_or_default();
         if let Some(object) = plan.as_object_mut() {
             object.insert("fitted".into(), json!(self.fitted));
             if let Some(peak) = measured_peak {
-                object.insert("measured".into(), json!({ "peak_bytes": peak }));
+                let blocks: serde_json::Map<_, _> =
+                    blocks.iter().map(|(phase, bytes)| ((*phase).to_string(), json!(bytes))).collect();
+                object.insert("measured".into(), json!({ "peak_bytes": peak, "block_bytes": blocks }));
             }
         }
         serde_json::to_string_pretty(&plan).unwrap_or_default() + "\n"
     }
+
+    /// What the run is held to while it goes on. Under `on_exceed = "warn"` it is only told.
+    pub fn limit(&self, on_exceed: OnExceed) -> Option<MemoryLimit> {
+        let bytes = self.plan.budget_bytes?;
+        Some(MemoryLimit { bytes, stops: on_exceed != OnExceed::Warn })
+    }
+
+    /// What a run says that was stopped because it used more than it may.
+    pub fn over_budget(&self, peak_bytes: u64, outcome: &Outcome, folder: &RunFolder) -> OverBudget {
+        let budget = self.plan.budget_bytes.unwrap_or_default();
+        let saved = match outcome.steps {
+            0 => "the first step was not finished, and nothing is lost".to_string(),
+            n => format!("step {n} is saved"),
+        };
+        let mut changes = vec![format!("memory.budget from {} up, if there is more", HumanBytes(peak_bytes))];
+        if self.kept_blocks() > 0 {
+            changes.push("train.gradient_checkpointing=true".into());
+        }
+        let recipe = folder.recipe();
+        OverBudget {
+            used: HumanBytes(peak_bytes).to_string(),
+            budget: HumanBytes(budget).to_string(),
+            beyond: HumanBytes(peak_bytes.saturating_sub(budget)).to_string(),
+            planned: HumanBytes(self.peak_bytes()).to_string(),
+            saved,
+            help: format!(
+                "go on with: tune train {} --set {}\nor start over with a smaller train.micro_batch_size or \
+                 data_options.sequence_len; `tune bench memory` makes plans exact for this machine",
+                recipe.display(),
+                changes.join(", or --set "),
+            ),
+        }
+    }
 }
 
-/// Tokens of the longest row that a micro-batch can have.
-fn longest_row(spec: &RunSpec, rows: &[Sample]) -> u64 {
-    let longest = rows.iter().map(Sample::len).max().unwrap_or(0);
-    let total: usize = rows.iter().map(Sample::len).sum();
-    let row = if spec.data_options.packing { spec.data_options.sequence_len } else { longest };
-    row.min(total) as u64
+fn facts(spec: &RunSpec, rows: &[&mut Batcher; 2]) -> miette::Result<DataFacts> {
+    let [train, held_out] = rows;
+    let samples = || train.samples().iter().chain(held_out.samples());
+    let largest = largest_micro_batch(train, held_out, &spec.train)?;
+    Ok(DataFacts {
+        rows: samples().count() as u64,
+        row_tokens: samples().map(|sample| sample.len() as u64).sum(),
+        longest: samples().map(|sample| sample.len() as u64).max().unwrap_or(0),
+        tokens: largest.tokens as u64,
+        targets: largest.targets as u64,
+    })
 }
 
 /// Why the run does not start, and what would let it.

@@ -95,6 +95,11 @@ impl Progress {
             }
             Event::Progress { step, share } => self.show_progress(*step, *share),
             Event::Step(metrics) => self.show_step(metrics),
+            Event::OverBudget { peak_bytes, budget_bytes } => self.line(&format!(
+                "memory    {} are resident, and the run may use {}",
+                HumanBytes(*peak_bytes),
+                HumanBytes(*budget_bytes)
+            )),
             Event::Saved { path } => self.line(&format!("saved     {}", path.display())),
             Event::StoppedEarly { step } => {
                 self.line(&format!("stopped   early after step {step}: validation no longer improves"));
@@ -156,6 +161,9 @@ fn print_json(event: &Event) {
                 object.extend(fields);
             }
             value
+        }
+        Event::OverBudget { peak_bytes, budget_bytes } => {
+            json!({ "event": "over_budget", "peak_bytes": peak_bytes, "budget_bytes": budget_bytes })
         }
         // Too many to be worth a line each.
         Event::Progress { .. } => return,

@@ -74,6 +74,7 @@ impl Bench {
             .env("NO_COLOR", "1")
             .env("COLUMNS", columns)
             .env("TUNE_CPU", "avx2") // plans differ by what the processor multiplies
+            .env("RAYON_NUM_THREADS", "2") // and by how many threads have buffers
             .output()
             .expect("tune runs");
         let code = output.status.code().map_or_else(|| "a signal".to_owned(), |code| code.to_string());

@@ -25,6 +25,10 @@ const BLOCK_DEPTH: usize = 384;
 /// Most columns of a task: the packed block of them takes 240 KiB of the second-level cache.
 const MOST_COLUMNS: usize = 320;
 
+/// Most rows of a task: its sums take 2.5 MiB, whatever the number of tokens or, in the gradient of a head, of ids. The
+/// block of columns is packed again for each task, which is little beside so many rows.
+const MOST_ROWS: usize = 2048 / HEIGHT * HEIGHT;
+
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 3;
 
@@ -179,7 +183,9 @@ pub(super) fn run(products: &[Product]) {
         let most = (MOST_COLUMNS / granularity).max(1) * granularity;
         let columns = product.cols.div_ceil(share).next_multiple_of(granularity).clamp(granularity, most);
         let column_tasks = product.cols.div_ceil(columns);
-        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(height());
+        let height = height();
+        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(height);
+        let rows = rows.min(MOST_ROWS / height * height);
         for first_row in (0..product.rows).step_by(rows.max(1)) {
             for first in (0..product.cols).step_by(columns) {
                 let rows = first_row..product.rows.min(first_row + rows);

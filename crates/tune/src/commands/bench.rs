@@ -4,8 +4,9 @@
 //! to repeat a whole one.
 
 mod generate;
-mod host;
+pub mod host;
 mod make_model;
+mod memory;
 mod peak;
 mod register_peak;
 mod text;
@@ -31,6 +32,8 @@ enum What {
     Train(train::Args),
     /// Reading a prompt and continuing it
     Generate(generate::Args),
+    /// What the memory plan cannot count: measures this machine, and keeps it for later plans
+    Memory(memory::Args),
     /// The most that the cores can multiply and add, with everything in registers
     Peak(peak::Args),
     /// Write a model of a published or given shape with random weights, to measure and to test with
@@ -41,6 +44,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     match &args.what {
         What::Train(args) => train::run(args),
         What::Generate(args) => generate::run(args),
+        What::Memory(args) => memory::run(args),
         What::Peak(args) => peak::run(args),
         What::MakeModel(args) => make_model::run(args),
     }

@@ -1,6 +1,6 @@
 //! One file per command.
 
-mod bench;
+pub mod bench;
 mod chat;
 mod data;
 mod eval;

@@ -13,10 +13,12 @@ use miette::IntoDiagnostic;
 use tune_plan::advice::Question;
 use tune_plan::memory::Pool;
 use tune_plan::{Answer, DeviceChoice, DeviceKind, PlanInput, parse_device, reference};
-use tune_recipe::{Budget, Dtype, Layers, Method, OnExceed, Override, Quantization, TargetModules};
+use tune_recipe::{
+    Budget, Dtype, Layers, Method, OnExceed, Optimizer, Override, Quantization, TargetModules,
+};
 
 use crate::exit::{DOES_NOT_FIT, UsageError};
-use crate::{disk_room, machine, memory_picture};
+use crate::{calibration, disk_room, machine, memory_picture};
 use subject::Subject;
 
 #[derive(clap::Args)]
@@ -104,6 +106,9 @@ enum MethodArg {
 }
 
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
+    if let Some(note) = calibration::note() {
+        eprintln!("note        {note}");
+    }
     let device = args.device.as_deref().map(Target::parse).transpose()?;
     if let Some(recipe) = &args.recipe {
         return of_recipe(recipe, args, device);
@@ -260,9 +265,14 @@ fn asked(
         sequence_len: args.seq,
         micro_batch_size: args.batch,
         gradient_accumulation_steps: 2,
+        optimizer: Optimizer::Adamw,
+        gradient_dtype: Dtype::F32,
+        block_input_dtype: Dtype::F32,
         dtype: target.dtype,
         dropout: false,
         kept_blocks: 0,
+        data: None,
+        calibration: calibration::current(),
         budget_bytes: target.budget_bytes,
     };
     Ok(Question {

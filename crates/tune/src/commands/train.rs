@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{HumanBytes, HumanDuration};
 use miette::IntoDiagnostic;
 use owo_colors::{OwoColorize, Stream};
-use tune_data::{BatchOptions, Batcher};
+use tune_data::{BatchOptions, Batcher, Dataset};
+use tune_memory::{peak_resident_bytes, phase_peaks, return_free_memory};
 use tune_recipe::{Method, Override, Quantization, Resume, RunSpec};
-use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, peak_memory_bytes, sft};
+use tune_train::{Finish, Outcome, RunFolder, Setup, checkpoint, sft};
 
 use super::export;
 use crate::disk_room;
@@ -76,7 +77,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         Resume::Auto | Resume::Never => false,
     };
     let start = if start { Start::resumed(&folder.plan(), &mut inputs.spec) } else { Start::Fresh };
-    let mut dataset = inputs.dataset()?;
+    let dataset = inputs.dataset()?;
     let report = &dataset.report;
     say(format!(
         "data      {} rows, {} tokens, {} trained{}",
@@ -88,13 +89,13 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             dropped => format!("; {dropped} rows left out, see `tune data`"),
         },
     ));
-    let (mut train, mut held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+    let (mut train, mut validation) = batchers(&inputs.spec, dataset)?;
+    return_free_memory(); // what reading the rows has needed
 
     // Does it fit?
-    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &train, start)?;
+    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, [&mut train, &mut validation], start)?;
     if gate.shortens_rows() {
-        dataset = inputs.dataset()?;
-        (train, held_out) = dataset.split(inputs.spec.data_options.val_split, inputs.spec.train.seed);
+        (train, validation) = batchers(&inputs.spec, inputs.dataset()?)?;
     }
     say(gate.summary());
     let base = &inputs.base;
@@ -111,13 +112,14 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let setup = Setup {
         spec,
         base,
-        train: Batcher::new(train, batch_options(spec, spec.train.shuffle))?,
-        validation: Batcher::new(held_out, batch_options(spec, false))?,
+        train,
+        validation,
         folder: folder.clone(),
-        plan: gate.json(None),
+        plan: gate.json(None, &[]),
         kept_blocks: gate.kept_blocks(),
         resume_from,
         stop: &stop,
+        memory_limit: gate.limit(spec.memory.on_exceed),
     };
     let mut progress = Progress::new(mode, gate.peak_bytes(), spec.train.logging_steps);
     let outcome = sft(&setup, &mut |event| progress.show(&event));
@@ -133,6 +135,10 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             n => format!("stopped   after step {n}; go on with: tune train {}", folder.recipe().display()),
         });
         return Ok(ExitCode::from(INTERRUPTED));
+    }
+    if let Finish::OverBudget { peak_bytes } = outcome.finish {
+        folder.write(&folder.plan(), gate.json(Some(peak_bytes), &phase_peaks()).as_bytes())?;
+        return Err(gate.over_budget(peak_bytes, &outcome, &folder).into());
     }
     if trains_all {
         export::write_trained_model(&folder, &inputs, &outcome.model)?;
@@ -182,6 +188,13 @@ fn overrides(args: &Args) -> Vec<Override> {
         overrides.push(Override::flag("--resume", "checkpoint.resume", resume));
     }
     overrides
+}
+
+/// The rows to train on and those held out.
+fn batchers(spec: &RunSpec, dataset: Dataset) -> miette::Result<(Batcher, Batcher)> {
+    let (train, held_out) = dataset.split(spec.data_options.val_split, spec.train.seed);
+    let train = Batcher::new(train, batch_options(spec, spec.train.shuffle))?;
+    Ok((train, Batcher::new(held_out, batch_options(spec, false))?))
 }
 
 pub fn batch_options(spec: &RunSpec, shuffle: bool) -> BatchOptions {
@@ -239,8 +252,8 @@ fn stop_on_ctrl_c() -> miette::Result<Arc<AtomicBool>> {
 fn report_end(folder: &RunFolder, gate: &Gate, say: &dyn Fn(String)) -> miette::Result<()> {
     let mut metrics = folder.read_metrics()?;
     // The steps before an interruption count as well.
-    let measured = metrics.iter().filter_map(|m| m.peak_memory_bytes).chain(peak_memory_bytes()).max();
-    folder.write(&folder.plan(), gate.json(measured).as_bytes())?;
+    let measured = metrics.iter().filter_map(|m| m.peak_memory_bytes).chain(peak_resident_bytes()).max();
+    folder.write(&folder.plan(), gate.json(measured, &phase_peaks()).as_bytes())?;
     let Some(last) = metrics.pop() else { return Ok(()) };
     let elapsed = HumanDuration(std::time::Duration::from_secs_f64(last.elapsed_s));
     say(format!("trained   {} steps in {elapsed}, loss {:.4}", last.step, last.loss));

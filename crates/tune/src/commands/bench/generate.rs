@@ -9,7 +9,7 @@ use std::time::Instant;
 use indicatif::HumanBytes;
 use serde::Serialize;
 use tune_eval::{Sampler, SamplerConfig, generate};
-use tune_train::peak_memory_bytes;
+use tune_memory::peak_resident_bytes;
 
 use super::host::Host;
 use super::text::TextArgs;
@@ -95,7 +95,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         prompt_tokens_per_cpu_second: rate(prompt_tokens, &|t| t.prompt_cpu),
         decode_tokens_per_second: rate(new_tokens - 1, &|t| Some(t.decode)).unwrap_or(f64::NAN),
         decode_tokens_per_cpu_second: rate(new_tokens - 1, &|t| t.decode_cpu),
-        peak_rss_bytes: peak_memory_bytes(),
+        peak_rss_bytes: peak_resident_bytes(),
     };
     print(&report, args.json)
 }

@@ -8,16 +8,21 @@ use serde::Serialize;
 #[derive(Serialize)]
 pub struct Host {
     engine: &'static str,
-    version: &'static str,
-    commit: &'static str,
-    machine: Machine,
+    /// Of the program.
+    pub version: &'static str,
+    /// It was built from.
+    pub commit: &'static str,
+    /// What it runs on.
+    pub machine: Machine,
     /// Threads that compute.
-    threads: usize,
+    pub threads: usize,
 }
 
+/// A processor.
 #[derive(Serialize)]
-struct Machine {
-    cpu: String,
+pub struct Machine {
+    /// Its own name.
+    pub cpu: String,
     cores: usize,
     features: Vec<&'static str>,
 }

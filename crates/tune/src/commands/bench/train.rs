@@ -20,6 +20,7 @@ use miette::IntoDiagnostic;
 use serde::Serialize;
 use tune_data::{Batcher, Sample};
 use tune_formats::ModelConfig;
+use tune_plan::Calibration;
 use tune_recipe::{Method, Override, RunSpec};
 use tune_train::{Event, RunFolder, Setup, sft};
 
@@ -27,7 +28,7 @@ use super::host::Host;
 use super::text::TextArgs;
 use super::{median, print, use_threads};
 use crate::commands::train::{batch_options, refuse_what_is_not_there};
-use crate::{inputs, machine, memory_gate};
+use crate::{calibration, inputs, machine, memory_gate};
 
 /// What all runs have in common. No row is held out and nothing is written between the steps.
 const RECIPE: &str = r#"
@@ -113,6 +114,8 @@ struct Report {
     peak_rss_bytes: Option<u64>,
     /// What the memory planner said before the run.
     planned_peak_bytes: u64,
+    /// Constants of the plan that are measured, not counted.
+    memory_constants: Calibration,
     flop_per_token: f64,
     gflops: f64,
     first_loss: f64,
@@ -131,20 +134,28 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let documents =
         args.text.documents(all_steps * args.batch.get(), args.seq, &inputs.tokenizer, &inputs.base)?;
     let rows: Vec<Sample> = documents.into_iter().map(|ids| Sample::new(ids, vec![true; args.seq])).collect();
-    let gate = memory_gate::check(&mut inputs.spec, &inputs.base, &rows, memory_gate::Start::Fresh)?;
+    let mut train = Batcher::new(rows, batch_options(&inputs.spec, inputs.spec.train.shuffle))?;
+    let mut validation = Batcher::new(Vec::new(), batch_options(&inputs.spec, false))?;
+    let gate = memory_gate::check(
+        &mut inputs.spec,
+        &inputs.base,
+        [&mut train, &mut validation],
+        memory_gate::Start::Fresh,
+    )?;
 
     let spec = &inputs.spec;
     let folder = tempfile::tempdir().into_diagnostic()?;
     let setup = Setup {
         spec,
         base: &inputs.base,
-        train: Batcher::new(rows, batch_options(spec, spec.train.shuffle))?,
-        validation: Batcher::new(Vec::new(), batch_options(spec, false))?,
+        train,
+        validation,
         folder: RunFolder::new(folder.path()),
-        plan: gate.json(None),
+        plan: gate.json(None, &[]),
         kept_blocks: gate.kept_blocks(),
         resume_from: None,
         stop: &AtomicBool::new(false),
+        memory_limit: None,
     };
     let mut watch = Watch::default();
     sft(&setup, &mut |event| watch.note(event))?;
@@ -170,6 +181,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         tokens_per_cpu_second: median(measured.iter().filter_map(|step| step.cpu_seconds.map(rate))),
         peak_rss_bytes: watch.peak_rss_bytes,
         planned_peak_bytes: gate.peak_bytes(),
+        memory_constants: calibration::current(),
         flop_per_token,
         gflops: flop_per_token * tokens_per_second * 1e-9,
         first_loss: watch.steps.first().map_or(f64::NAN, |step| step.loss),
@@ -244,7 +256,10 @@ impl Watch {
                 });
                 self.peak_rss_bytes = step.peak_memory_bytes;
             }
-            Event::Progress { .. } | Event::Saved { .. } | Event::StoppedEarly { .. } => {}
+            Event::OverBudget { .. }
+            | Event::Progress { .. }
+            | Event::Saved { .. }
+            | Event::StoppedEarly { .. } => {}
         }
         self.cpu_seconds = cpu_seconds;
     }
