@@ -189,13 +189,6 @@ impl StoredMatrix {
         }
     }
 
-    /// Gives back the memory of values that a file holds as well; for whoever reads a model once, matrix by matrix.
-    pub fn release(&self) {
-        if let Storage::Blocks { bytes, .. } = &self.storage {
-            bytes.release();
-        }
-    }
-
     /// Name of the storage type, as GGUF tools print it (`Q4_K`, `BF16`, …) or `NF4`.
     pub fn type_name(&self) -> &'static str {
         match &self.storage {

@@ -89,13 +89,14 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
             dropped => format!("; {dropped} rows left out, see `tune data`"),
         },
     ));
-    let (mut train, mut validation) = batchers(&inputs.spec, dataset)?;
+    let (mut train, mut validation) = batchers(&inputs.spec, &dataset)?;
+    drop(dataset);
     return_free_memory(); // what reading the rows has needed
 
     // Does it fit?
     let gate = memory_gate::check(&mut inputs.spec, &inputs.base, [&mut train, &mut validation], start)?;
     if gate.shortens_rows() {
-        (train, validation) = batchers(&inputs.spec, inputs.dataset()?)?;
+        (train, validation) = batchers(&inputs.spec, &inputs.dataset()?)?;
     }
     say(gate.summary());
     let base = &inputs.base;
@@ -191,7 +192,7 @@ fn overrides(args: &Args) -> Vec<Override> {
 }
 
 /// The rows to train on and those held out.
-fn batchers(spec: &RunSpec, dataset: Dataset) -> miette::Result<(Batcher, Batcher)> {
+fn batchers(spec: &RunSpec, dataset: &Dataset) -> miette::Result<(Batcher, Batcher)> {
     let (train, held_out) = dataset.split(spec.data_options.val_split, spec.train.seed);
     let train = Batcher::new(train, batch_options(spec, spec.train.shuffle))?;
     Ok((train, Batcher::new(held_out, batch_options(spec, false))?))
