@@ -71,6 +71,32 @@ pub struct DataFacts {
 }
 
 impl PlanInput {
+    /// A run at the usual settings over a model of this shape and these weights: rank 16 on all linear layers, one row of
+    /// 2,048 tokens at a time, gradients accumulated, AdamW in 32 bits, `f32` arithmetic, blocks run again in backward.
+    pub fn of(model: String, shape: Shape, weights: WeightBytes, method: Method) -> Self {
+        Self {
+            model,
+            shape,
+            weights,
+            method,
+            rank: 16,
+            target_modules: TargetModules::AllLinear,
+            layers: Layers::All,
+            sequence_len: 2048,
+            micro_batch_size: 1,
+            gradient_accumulation_steps: 2,
+            optimizer: Optimizer::Adamw,
+            gradient_dtype: Dtype::F32,
+            block_input_dtype: Dtype::F32,
+            dtype: Dtype::F32,
+            dropout: false,
+            kept_blocks: 0,
+            data: None,
+            calibration: FLEX,
+            budget_bytes: None,
+        }
+    }
+
     /// The input of a resolved recipe over a model of this shape and these weights.
     pub fn from_spec(
         spec: &RunSpec,
@@ -231,7 +257,7 @@ pub fn estimate(input: &PlanInput) -> MemoryPlan {
         basis: Basis::Detailed,
         peak_bytes,
         upper_bytes: plus_permille(peak_bytes, input.calibration.margin_permille),
-        peak_phase: peak.map(|phase| phase.name),
+        peak_phase: peak.map(|phase| phase.name.clone()),
         trainable_parameters: Some(input.trained_parameters()),
         tokens: Some(input.tokens()),
         terms: counted.terms,

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use tune_formats::gguf;
-use tune_recipe::{Dtype, Layers, Method, TargetModules};
+use tune_recipe::{Dtype, Method};
 
 use crate::inference::{InferenceInput, KnownModel, inference};
 use crate::{CacheType, CatalogueModel, PlanInput, Quant, estimate, from_shape, generic_plan};
@@ -37,20 +37,10 @@ pub fn needs(model: &CatalogueModel, dtype: Dtype) -> Needs {
     let training = |method| match model.shape().filter(|_| is_trainable(model)) {
         Some(shape) => {
             let input = PlanInput {
-                model: model.name.clone(),
-                shape,
-                weights: from_shape(&shape, method),
-                method,
                 rank: NEEDS_RANK,
-                target_modules: TargetModules::AllLinear,
-                layers: Layers::All,
                 sequence_len: NEEDS_TOKENS,
-                micro_batch_size: 1,
-                gradient_accumulation_steps: 2,
                 dtype,
-                dropout: false,
-                kept_blocks: 0,
-                budget_bytes: None,
+                ..PlanInput::of(model.name.clone(), shape, from_shape(&shape, method), method)
             };
             estimate(&input).estimate.upper_bytes
         }

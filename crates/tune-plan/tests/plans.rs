@@ -11,26 +11,10 @@ use tune_recipe::{Dtype, Layers, Method, Optimizer, TargetModules};
 
 fn input(alias: &str, method: Method) -> PlanInput {
     let model = find_in_catalogue(alias).unwrap();
+    let shape = model.shape().unwrap();
     PlanInput {
-        model: model.name.clone(),
-        shape: model.shape().unwrap(),
-        weights: from_shape(&model.shape().unwrap(), method),
-        method,
-        rank: 16,
-        target_modules: TargetModules::AllLinear,
-        layers: Layers::All,
-        sequence_len: 2048,
-        micro_batch_size: 1,
         gradient_accumulation_steps: 16,
-        optimizer: Optimizer::Adamw,
-        gradient_dtype: Dtype::F32,
-        block_input_dtype: Dtype::F32,
-        dtype: Dtype::F32,
-        dropout: false,
-        kept_blocks: 0,
-        data: None,
-        calibration: FLEX,
-        budget_bytes: None,
+        ..PlanInput::of(model.name.clone(), shape, from_shape(&shape, method), method)
     }
 }
 

@@ -27,7 +27,7 @@ const MOST_COLUMNS: usize = 320;
 
 /// Most rows of a task: its sums take 2.5 MiB, whatever the number of tokens or, in the gradient of a head, of ids. The
 /// block of columns is packed again for each task, which is little beside so many rows.
-const MOST_ROWS: usize = 2048 / HEIGHT * HEIGHT;
+const MOST_ROWS: usize = 2048;
 
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 3;

@@ -255,25 +255,13 @@ fn asked(
     target: &Target,
 ) -> miette::Result<Question> {
     let input = PlanInput {
-        model: subject.name.clone(),
-        shape: subject.shape,
-        weights,
-        method,
         rank: args.rank,
-        target_modules: TargetModules::AllLinear,
-        layers: Layers::All,
         sequence_len: args.seq,
         micro_batch_size: args.batch,
-        gradient_accumulation_steps: 2,
-        optimizer: Optimizer::Adamw,
-        gradient_dtype: Dtype::F32,
-        block_input_dtype: Dtype::F32,
         dtype: target.dtype,
-        dropout: false,
-        kept_blocks: 0,
-        data: None,
         calibration: calibration::current(),
         budget_bytes: target.budget_bytes,
+        ..PlanInput::of(subject.name.clone(), subject.shape, weights, method)
     };
     Ok(Question {
         four_bit: subject.four_bit()?,

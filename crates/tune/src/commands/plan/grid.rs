@@ -6,9 +6,10 @@ use tune_plan::advice::Question;
 use tune_plan::{
     CatalogueModel, PlanInput, Shape, find_in_catalogue, format_bytes, in_bits, parse_size, reference,
 };
-use tune_recipe::{Layers, Method, TargetModules};
+use tune_recipe::Method;
 
 use super::{Target, paint};
+use crate::calibration;
 
 /// Sizes with the model that stands for each, where this version can count one.
 const SIZES: [(&str, &str); 9] = [
@@ -113,20 +114,13 @@ fn trained(
         return (figure.saturating_mul(1_000_000_000), true);
     };
     let input = PlanInput {
-        model: model.name.clone(),
-        shape,
-        weights: in_bits(&shape, bits),
-        method,
         rank,
-        target_modules: TargetModules::AllLinear,
-        layers: Layers::All,
         sequence_len,
         micro_batch_size: batch,
-        gradient_accumulation_steps: 2,
         dtype: target.dtype,
-        dropout: false,
-        kept_blocks: 0,
+        calibration: calibration::current(),
         budget_bytes: target.budget_bytes,
+        ..PlanInput::of(model.name.clone(), shape, in_bits(&shape, bits), method)
     };
     (target.pool.needed_bytes(&Question::about(input, target.pool).plan()), false)
 }
