@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 use tune_formats::gguf;
-use tune_recipe::{Layers, Method};
+use tune_recipe::{Dtype, Layers, Method, Optimizer};
 
 use crate::estimate::{MemoryPlan, PlanInput, estimate};
 use crate::memory::Pool;
@@ -50,6 +50,12 @@ pub enum Change {
         /// Micro-batches of a step.
         gradient_accumulation_steps: u64,
     },
+    /// AdamW's moments in 8 bits.
+    EightBitOptimizer,
+    /// The inputs of blocks that run again in 16 bits.
+    SixteenBitInputs,
+    /// The gradients of a step in 16 bits.
+    SixteenBitGradients,
     /// Adapters drop nothing.
     NoDropout,
     /// Shorter sequences.
@@ -120,12 +126,15 @@ pub enum Limit {
     Option,
 }
 
-/// What can be changed, least harm first: results stay the same down to the micro-batch, the training changes down to
-/// the layers, the base after that.
+/// What can be changed, least harm first: results stay the same down to the micro-batch, and within noise down to the
+/// gradients, the training changes down to the layers, the base after that.
 #[derive(Clone, Copy, PartialEq)]
 enum Knob {
     GradientCheckpointing,
     MicroBatch,
+    EightBitOptimizer,
+    SixteenBitInputs,
+    SixteenBitGradients,
     NoDropout,
     SequenceLen,
     Rank,
@@ -135,9 +144,12 @@ enum Knob {
     Model,
 }
 
-const KNOBS: [Knob; 9] = [
+const KNOBS: [Knob; 12] = [
     Knob::GradientCheckpointing,
     Knob::MicroBatch,
+    Knob::EightBitOptimizer,
+    Knob::SixteenBitInputs,
+    Knob::SixteenBitGradients,
     Knob::NoDropout,
     Knob::SequenceLen,
     Knob::Rank,
@@ -243,6 +255,9 @@ impl Question {
                 input.micro_batch_size = *micro_batch_size;
                 input.gradient_accumulation_steps = *gradient_accumulation_steps;
             }
+            Change::EightBitOptimizer => input.optimizer = Optimizer::Adamw8bit,
+            Change::SixteenBitInputs => input.block_input_dtype = Dtype::Bf16,
+            Change::SixteenBitGradients => input.gradient_dtype = Dtype::Bf16,
             Change::NoDropout => input.dropout = false,
             Change::SequenceLen { sequence_len } => input.sequence_len = *sequence_len,
             Change::Rank { r, .. } => input.rank = *r,
@@ -353,6 +368,11 @@ impl Question {
                     })
                     .collect()
             }
+            Knob::EightBitOptimizer => only(input.optimizer == Optimizer::Adamw, Change::EightBitOptimizer),
+            Knob::SixteenBitInputs => only(input.block_input_dtype == Dtype::F32, Change::SixteenBitInputs),
+            Knob::SixteenBitGradients => {
+                only(input.gradient_dtype == Dtype::F32, Change::SixteenBitGradients)
+            }
             Knob::NoDropout => only(input.dropout, Change::NoDropout),
             Knob::SequenceLen if self.sequence_is_fixed => Vec::new(),
             Knob::SequenceLen => {
@@ -443,6 +463,9 @@ impl Change {
                 ("train.micro_batch_size", micro_batch_size.to_string()),
                 ("train.gradient_accumulation_steps", gradient_accumulation_steps.to_string()),
             ],
+            Self::EightBitOptimizer => vec![("train.optimizer", "\"adamw_8bit\"".into())],
+            Self::SixteenBitInputs => vec![("train.block_input_dtype", "\"bf16\"".into())],
+            Self::SixteenBitGradients => vec![("train.gradient_dtype", "\"bf16\"".into())],
             Self::NoDropout => vec![("adapter.lora_dropout", "0.0".into())],
             Self::SequenceLen { sequence_len } => {
                 vec![("data_options.sequence_len", sequence_len.to_string())]
@@ -466,7 +489,12 @@ impl Change {
             Self::Rank { r, .. } => Some(format!("--rank {r}")),
             Self::FourBit | Self::Adapters => Some("--method qlora".into()),
             Self::Model { name } => Some(format!("--model {name}")),
-            Self::GradientCheckpointing | Self::NoDropout | Self::Layers { .. } => None,
+            Self::GradientCheckpointing
+            | Self::EightBitOptimizer
+            | Self::SixteenBitInputs
+            | Self::SixteenBitGradients
+            | Self::NoDropout
+            | Self::Layers { .. } => None,
         }
     }
 
@@ -475,6 +503,8 @@ impl Change {
         match self {
             Self::GradientCheckpointing => "the same result, slower",
             Self::MicroBatch { .. } => "the same effective batch",
+            Self::EightBitOptimizer => "moments in 8 bits, the same within noise",
+            Self::SixteenBitInputs | Self::SixteenBitGradients => "gradients within 1 %",
             Self::NoDropout => "no dropout",
             Self::SequenceLen { .. } => "shorter sequences",
             Self::Rank { .. } => "a smaller adapter",

@@ -12,20 +12,12 @@ fn question(alias: &str, method: Method, budget: u64) -> Question {
     let model = find_in_catalogue(alias).expect("in the catalogue");
     let shape = model.shape().expect("a plain decoder");
     let input = PlanInput {
-        model: model.name.clone(),
-        shape,
-        weights: from_shape(&shape, method),
-        method,
-        rank: 16,
-        target_modules: TargetModules::AllLinear,
-        layers: Layers::All,
-        sequence_len: 2048,
         micro_batch_size: 4,
         gradient_accumulation_steps: 4,
         dtype: Dtype::Bf16,
-        dropout: false,
         kept_blocks: shape.num_hidden_layers,
         budget_bytes: Some(budget),
+        ..PlanInput::of(model.name.clone(), shape, from_shape(&shape, method), method)
     };
     Question {
         four_bit: Some(in_bits(&shape, 4)),

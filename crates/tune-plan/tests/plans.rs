@@ -134,10 +134,16 @@ fn gradients_and_block_inputs_share_their_room_without_accumulation() {
     let once = PlanInput { gradient_accumulation_steps: 1, ..input("smollm2:135m", Method::Qlora) };
     let plan = estimate(&once);
     let block = plan.estimate.phases.iter().find(|phase| phase.name == "block").unwrap();
-    assert!(block.terms.contains(&"block inputs") && !block.terms.contains(&"gradients"));
+    assert!(
+        block.terms.iter().any(|term| term == "block inputs")
+            && !block.terms.iter().any(|term| term == "gradients")
+    );
     let more = estimate(&PlanInput { gradient_accumulation_steps: 2, ..once });
     let block = more.estimate.phases.iter().find(|phase| phase.name == "block").unwrap();
-    assert!(block.terms.contains(&"block inputs") && block.terms.contains(&"gradients"));
+    assert!(
+        block.terms.iter().any(|term| term == "block inputs")
+            && block.terms.iter().any(|term| term == "gradients")
+    );
 }
 
 #[test]
@@ -150,7 +156,7 @@ fn a_large_vocabulary_is_most_while_it_is_read() {
     small.sequence_len = 8;
     small.weights.has_json_tokenizer = true;
     let plan = estimate(&small);
-    assert_eq!(plan.estimate.peak_phase, Some("load"));
+    assert_eq!(plan.estimate.peak_phase.as_deref(), Some("load"));
     assert_eq!(bytes(&plan, "tokenizer while read"), 1_000_000 * FLEX.bytes_per_entry_of_json);
 }
 
