@@ -24,7 +24,7 @@ pub fn total_bytes() -> Option<u64> {
 fn available_under(root: &Path) -> Option<u64> {
     let meminfo = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let system = field(&meminfo, "MemAvailable:")?;
-    Some(groups(root).iter().filter_map(|group| group.left()).fold(system, u64::min))
+    Some(groups(root).iter().filter_map(Group::left).fold(system, u64::min))
 }
 
 /// One control group with a memory controller.

@@ -6,7 +6,7 @@ use tune_plan::gap::Gap;
 use tune_plan::memory::Pool;
 use tune_plan::picture::bars;
 use tune_plan::{Answer, PlanInput, Shape, Style, estimate, find_in_catalogue, from_shape, in_bits};
-use tune_recipe::{Dtype, Layers, Method, TargetModules};
+use tune_recipe::{Dtype, Method};
 
 fn question(alias: &str, method: Method, budget: u64) -> Question {
     let model = find_in_catalogue(alias).expect("in the catalogue");
