@@ -47,7 +47,7 @@ impl EngineAgreement {
     pub fn problem(&self, limits: Limits) -> Option<String> {
         let Self { engine, positions, mean_kl, top1 } = self;
         let (most, least) = (MAX_MEAN_KL + limits.max_mean_kl, MIN_TOP1.min(limits.min_top1));
-        let bad = !(*mean_kl <= most) || *top1 < least;
+        let bad = mean_kl.is_nan() || *mean_kl > most || *top1 < least;
         bad.then(|| {
             format!(
                 "{engine} reads another model: mean KL {mean_kl:.2e} nats (at most {most:.0e}), top-1 {:.1} % (at \

@@ -54,7 +54,7 @@ impl Limits {
     pub fn problems(&self, agreement: &Agreement, stored_as: &str) -> Vec<String> {
         let mut problems = Vec::new();
         let (kl, top1) = (agreement.mean_kl(), agreement.top1());
-        if !(kl <= self.max_mean_kl) {
+        if kl.is_nan() || kl > self.max_mean_kl {
             problems.push(format!(
                 "mean KL from the trained model is {kl:.2e} nats, at most {:.0e} is rounding to {stored_as}",
                 self.max_mean_kl

@@ -86,7 +86,7 @@ pub fn check(
                 spec.change(path, &value, "to fit in memory");
             }
             spec.refine(&inputs::facts(base))?;
-            for batcher in rows.iter_mut() {
+            for batcher in &mut rows {
                 batcher.set_micro_batch_size(spec.train.micro_batch_size);
             }
             let question = self::question(spec, base, &rows)?;

@@ -75,7 +75,7 @@ impl Card<'_> {
 
     fn summary(&self) -> String {
         let base = match hub_repository(self.reference) {
-            Some(repository) => format!("[{0}](https://huggingface.co/{0})", repository),
+            Some(repository) => format!("[{repository}](https://huggingface.co/{repository})"),
             None => code(&self.base.name),
         };
         let method = match self.run.map(|(spec, _)| spec.adapter.method) {

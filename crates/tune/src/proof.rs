@@ -56,7 +56,7 @@ pub struct Proof {
 /// An artefact, opened.
 enum Artefact {
     Model(Box<BaseModel>),
-    Adapter(Adapter),
+    Adapter(Box<Adapter>),
 }
 
 /// Reads `path` as a model and holds it against the trained one. `merged_onto` is the base of a merged model, where it
@@ -81,7 +81,7 @@ pub fn prove(
             let model = tune_models::load(found, Quantization::Keep, &Device::flex())?;
             (coarsest_type(found)?, model, worst(&checks))
         }
-        Artefact::Adapter(adapter) => ("adapter".to_owned(), over_base(adapter, trained)?, None),
+        Artefact::Adapter(adapter) => ("adapter".to_owned(), over_base(*adapter, trained)?, None),
     };
     let mut agreement = Agreement::default();
     for batch in &trained.held_out.batches {
@@ -174,10 +174,10 @@ impl Proof {
 
 fn open(path: &Path, trained: &Trained<'_>) -> Result<Artefact> {
     if path.join("adapter_config.json").is_file() {
-        return Ok(Artefact::Adapter(peft::read(path)?));
+        return Ok(Artefact::Adapter(Box::new(peft::read(path)?)));
     }
     if path.is_file() && gguf::is_adapter(&GgufFile::open(path)?) {
-        return Ok(Artefact::Adapter(gguf::read_adapter(path, &trained.base.config)?));
+        return Ok(Artefact::Adapter(Box::new(gguf::read_adapter(path, &trained.base.config)?)));
     }
     Ok(Artefact::Model(Box::new(tune_formats::open(path)?)))
 }

@@ -44,10 +44,10 @@ fn place() -> Place {
     };
     fs::write(dir.path().join("rows.jsonl"), (0..8).map(row).collect::<String>()).expect("written");
     let recipe = format!(
-        "version = 1\n[model]\nbase = {:?}\n[adapter]\ntype = \"lora\"\nr = 4\n[[data]]\npath = \"rows.jsonl\"\n\
+        "version = 1\n[model]\nbase = \"{}\"\n[adapter]\ntype = \"lora\"\nr = 4\n[[data]]\npath = \"rows.jsonl\"\n\
          format = \"input-ids\"\ntrain_on = \"all\"\n[data_options]\nsequence_len = 96\nval_split = 0.0\n[train]\n\
          max_steps = 3\nmicro_batch_size = 1\neffective_batch_size = 2\n",
-        fixture()
+        fixture().display()
     );
     fs::write(dir.path().join("recipe.toml"), recipe).expect("written");
     Place(dir)

@@ -147,7 +147,7 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
             path(&out),
         ];
         tune(&[&["export", path(&run)], &merge[..]].concat());
-        let (code, proof) = bench.verify_ourselves(&out, &run);
+        let (code, proof) = Bench::verify_ourselves(&out, &run);
         assert!(code == Some(0) || code == Some(5), "{proof}");
         proof["retention"].as_f64().expect("retention")
     };
@@ -309,7 +309,7 @@ impl Bench {
         Self::verify_with(artefact, run, path(&server))
     }
 
-    fn verify_ourselves(&self, artefact: &Path, run: &Path) -> (Option<i32>, Value) {
+    fn verify_ourselves(artefact: &Path, run: &Path) -> (Option<i32>, Value) {
         Self::verify_with(artefact, run, "off")
     }
 

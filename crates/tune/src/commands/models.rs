@@ -100,6 +100,7 @@ struct Row {
 }
 
 #[derive(Serialize)]
+#[allow(clippy::struct_excessive_bools, reason = "one a method")]
 struct Fits {
     inference: bool,
     qlora: bool,

@@ -13,9 +13,7 @@ use miette::IntoDiagnostic;
 use tune_plan::advice::Question;
 use tune_plan::memory::Pool;
 use tune_plan::{Answer, DeviceChoice, DeviceKind, PlanInput, parse_device, reference};
-use tune_recipe::{
-    Budget, Dtype, Layers, Method, OnExceed, Optimizer, Override, Quantization, TargetModules,
-};
+use tune_recipe::{Budget, Dtype, Method, OnExceed, Override, Quantization};
 
 use crate::exit::{DOES_NOT_FIT, UsageError};
 use crate::{calibration, disk_room, machine, memory_picture};

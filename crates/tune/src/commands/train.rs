@@ -48,6 +48,7 @@ pub struct Args {
     dry_run: bool,
 }
 
+#[allow(clippy::too_many_lines, reason = "the command reads top to bottom")]
 pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let mode = Mode::choose(args.quiet, args.json);
     let say = |text: String| {

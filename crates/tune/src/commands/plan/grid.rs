@@ -74,9 +74,9 @@ pub fn text(target: &Target, sequence_len: u64, batch: u64, rank: u64) -> String
             let cells: String = cells.iter().map(|(_, cell)| format!("{cell:>13}")).collect();
             writeln!(text, "  {label:<6}{cells}").ok();
         } else {
-            cells.iter().for_each(|(name, cell)| {
+            for (name, cell) in &cells {
                 writeln!(text, "  {label:<6}{name:<10}{cell:>14}").ok();
-            });
+            }
         }
     }
     text.push_str(
