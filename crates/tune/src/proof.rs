@@ -81,7 +81,7 @@ pub fn prove(
             let model = tune_models::load(found, Quantization::Keep, &Device::flex())?;
             (coarsest_type(found)?, model, worst(&checks))
         }
-        Artefact::Adapter(adapter) => ("adapter".to_owned(), over_base(*adapter, trained)?, None),
+        Artefact::Adapter(adapter) => ("adapter".to_owned(), over_base(adapter, trained)?, None),
     };
     let mut agreement = Agreement::default();
     for batch in &trained.held_out.batches {
