@@ -169,8 +169,8 @@ mod tests {
             let (mut bytes, mut stored) = (Vec::new(), vec![0.0; D_IN]);
             block_type.encode(&base, &mut bytes);
             block_type.decode(&bytes, &mut stored);
-            // an update far smaller than a step
-            let wanted: Vec<f32> = stored.iter().zip(random(5, D_IN)).map(|(w, d)| w + 0.004 * d).collect();
+            // an update smaller than a step
+            let wanted: Vec<f32> = stored.iter().zip(random(5, D_IN)).map(|(w, d)| w + 0.03 * d).collect();
             let grid = Grid::of(block_type, &bytes).expect("a grid");
             let rounded: Vec<f32> = (0..D_IN).map(|j| grid.nearest(j, wanted[j]).1).collect();
             let codes = feedback.codes(std::slice::from_ref(&grid), &wanted);

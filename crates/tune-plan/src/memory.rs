@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::estimate::{MemoryPlan, Term};
+use crate::estimate::{Estimate, MemoryPlan, PhaseBytes, Term};
 
 /// Which memory a budget is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,15 +29,14 @@ pub struct Split {
 impl Pool {
     /// Where the parts of `plan` lie.
     pub fn split(self, plan: &MemoryPlan) -> Split {
-        let upper = plan.estimate.upper_bytes;
-        let sum = |names: &[&str]| {
-            let terms = plan.estimate.terms.iter().filter(|term| names.contains(&&*term.name));
-            terms.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
-        };
+        let estimate = &plan.estimate;
+        let upper = estimate.upper_bytes;
         match self {
             Self::Shared => Split { pool: self, needed_bytes: upper, host_bytes: 0 },
             Self::Device => {
-                let host = sum(&HOST);
+                let peak =
+                    estimate.phases.iter().find(|phase| Some(&phase.name) == estimate.peak_phase.as_ref());
+                let host = peak.map_or(0, |peak| host_bytes(estimate, peak));
                 Split { pool: self, needed_bytes: upper.saturating_sub(host), host_bytes: host }
             }
         }
@@ -50,7 +49,13 @@ impl Pool {
 }
 
 /// Beside a device, the program with its tokenizer and rows stays on the host.
-const HOST: [&str; 3] = ["process", "tokenizer", "rows"];
+const HOST: [&str; 4] = ["process", "tokenizer", "tokenizer while read", "rows"];
+
+/// What of a phase lies on the host where there is a device.
+pub(crate) fn host_bytes(estimate: &Estimate, phase: &PhaseBytes) -> u64 {
+    let terms = estimate.terms.iter().filter(|term| is_on_host(term) && phase.terms.contains(&term.name));
+    terms.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
+}
 
 /// Whether a term lies on the host where there is a device.
 pub fn is_on_host(term: &Term) -> bool {

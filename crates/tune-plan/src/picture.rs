@@ -1,7 +1,7 @@
 //! The phases of a plan as bars of letters, which need no colour to be read.
 
 use crate::estimate::{MemoryPlan, Term};
-use crate::memory::{Pool, is_on_host};
+use crate::memory::{Pool, host_bytes, is_on_host};
 
 /// What a stretch of a bar stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,10 +121,7 @@ pub fn bars(plan: &MemoryPlan, pool: Pool) -> Vec<Bar> {
         let terms: Vec<&Term> = plan.estimate.terms.iter().filter(lives).collect();
         let on_host: u64 = match pool {
             Pool::Shared => 0,
-            Pool::Device => {
-                let terms = plan.estimate.terms.iter().filter(|term| is_on_host(term));
-                terms.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
-            }
+            Pool::Device => host_bytes(&plan.estimate, phase),
         };
         let bytes = phase.bytes.saturating_sub(on_host);
         let sum = |part| {

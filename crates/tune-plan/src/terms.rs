@@ -61,6 +61,7 @@ pub(crate) struct Counted {
 
 /// Counts the memory of a run on the CPU backend.
 pub(crate) fn count(input: &PlanInput) -> Counted {
+    let input = &bounded(input);
     let mut counting = Counting { input, sizes: Sizes::of(input), terms: Vec::new() };
     let always = counting.always();
     let load = counting.load();
@@ -71,6 +72,27 @@ pub(crate) fn count(input: &PlanInput) -> Counted {
         counting.phase("step", &always, counting.step()),
     ];
     Counted { terms: counting.terms, phases }
+}
+
+/// The same with numbers that no model has cut down to some that no machine has either, so that sums of a few of them stay
+/// within 64 bits.
+fn bounded(input: &PlanInput) -> PlanInput {
+    const FAR: u64 = 1 << 44;
+    let s = &input.shape;
+    PlanInput {
+        shape: crate::Shape {
+            vocab_size: s.vocab_size.min(FAR),
+            hidden_size: s.hidden_size.min(FAR),
+            intermediate_size: s.intermediate_size.min(FAR),
+            num_attention_heads: s.num_attention_heads.min(1 << 22),
+            num_key_value_heads: s.num_key_value_heads.min(1 << 22),
+            head_dim: s.head_dim.min(1 << 22),
+            ..*s
+        },
+        rank: input.rank.min(FAR),
+        sequence_len: input.sequence_len.min(FAR),
+        ..input.clone()
+    }
 }
 
 /// Sizes that several terms share.

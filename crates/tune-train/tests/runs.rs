@@ -385,8 +385,10 @@ fn second_process_on_a_full_disk() {
     let folder = folder(&disk, "run");
     let filler = disk.join("filler");
     let fill = &mut |step| {
-        let mut file = fs::File::create(&filler).expect("created");
-        while step == 7 && file.write_all(&[0; 4096]).is_ok() {}
+        if step == 7 {
+            let mut file = fs::File::create(&filler).expect("created");
+            while file.write_all(&[0; 4096]).is_ok() {}
+        }
     };
     let error = train_and(&spec(&[]), &folder, None, None, fill).err().expect("no room for a checkpoint");
     let TrainError::NotSaved { step: 8, kept: Some(kept), .. } = &error else { panic!("{error}") };

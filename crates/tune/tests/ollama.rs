@@ -196,7 +196,11 @@ fn servers_that_refuse_adapters_get_merged_weights() {
 fn what_is_sent_can_be_named() {
     let workshop = Workshop::new();
     let double = OllamaDouble::start(TAKES);
-    workshop.export(&double, 0, &["--to", "ollama:me/my-code:v2?gguf:q4_0"]);
+    workshop.export(
+        &double,
+        0,
+        &["--to", "ollama:me/my-code:v2?gguf:q4_0", "--min-retention", "0", "--verify", "warn"],
+    );
     let made = double.state().models["me/my-code:v2"].clone();
     let sent = made["files"]["model.gguf"].as_str().expect("weights").to_owned();
     let bytes = double.state().blobs[&sent].clone();
