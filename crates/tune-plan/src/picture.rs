@@ -105,7 +105,7 @@ impl Part {
 /// One phase as a bar.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bar {
-    /// `loss`, `block` or `step`.
+    /// `load`, `loss`, `block` or `step`.
     pub phase: String,
     /// Bytes of the phase in the memory that the budget is.
     pub bytes: u64,
@@ -134,10 +134,21 @@ pub fn bars(plan: &MemoryPlan, pool: Pool) -> Vec<Bar> {
         parts.retain(|(_, bytes)| *bytes > 0);
         Bar { phase: phase.name.clone().into_owned(), bytes, parts }
     };
-    plan.estimate.phases.iter().map(of_phase).collect()
+    // Reading the tokenizer takes nothing of a device.
+    plan.estimate.phases.iter().map(of_phase).filter(|bar| bar.bytes > 0).collect()
 }
 
 impl Bar {
+    /// What goes on in the phase.
+    pub fn title(&self) -> &'static str {
+        match &*self.phase {
+            "load" => "reading the tokenizer",
+            "loss" => "loss",
+            "block" => "backward of a block",
+            _ => "optimizer step",
+        }
+    }
+
     /// Columns of each part where `full` bytes are `width` columns wide. Together they are as many as the whole bar,
     /// rounded once; a part below half a column may have none.
     pub fn columns(&self, full: u64, width: usize) -> Vec<(Part, usize)> {

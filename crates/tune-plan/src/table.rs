@@ -128,12 +128,7 @@ impl Answer {
         line(text, "\nphases      the peak is the largest of them; not all terms live at once");
         let bars = bars(&self.plan, self.memory.pool);
         for bar in &bars {
-            let moment = match &*bar.phase {
-                "load" => "reading the tokenizer",
-                "loss" => "loss",
-                "block" => "backward of a block",
-                _ => "optimizer step",
-            };
+            let moment = bar.title();
             let is_peak = estimate.peak_phase.as_deref() == Some(&*bar.phase);
             let mark = if is_peak { "   peak" } else { "" };
             line(text, &format!("  {moment:<26}{:>9}{mark}", format_bytes(bar.bytes)));

@@ -6,7 +6,7 @@ use tune_plan::picture::{Bar, Part, bars};
 use tune_plan::{Answer, format_bytes};
 
 const WIDTH: i32 = 960;
-const HEIGHT: i32 = 420;
+const HEIGHT: i32 = 480;
 /// Left and right end of the bars.
 const LEFT: i32 = 176;
 const RIGHT: i32 = WIDTH - 96;
@@ -57,12 +57,7 @@ fn draw(
     for (i, bar) in (0..).zip(bars) {
         let (top, middle) = (TOP + i * (BAR + GAP), TOP + i * (BAR + GAP) + BAR / 2);
         let is_peak = answer.plan.estimate.peak_phase.as_deref() == Some(&*bar.phase);
-        let name = match &*bar.phase {
-            "loss" => "loss",
-            "block" => "backward of a block",
-            _ => "optimizer step",
-        };
-        write(name, (LEFT - 14, middle), 14, if is_peak { &INK } else { &FADED }, HPos::Right)?;
+        write(bar.title(), (LEFT - 14, middle), 14, if is_peak { &INK } else { &FADED }, HPos::Right)?;
         let mut sum = 0u64;
         for (part, bytes) in &bar.parts {
             let (from, to) = (at(sum), at(sum.saturating_add(*bytes)));
