@@ -298,7 +298,8 @@ impl Question {
             self.pool.needed_bytes(&plan)
         };
         if self.keeps_what_fits {
-            needed(0).min(needed(self.input.shape.num_hidden_layers))
+            // One kept block may need less than none: backward begins with its activations instead of making them again.
+            needed(0).min(needed(1)).min(needed(self.input.shape.num_hidden_layers))
         } else {
             needed(self.input.kept_blocks)
         }
