@@ -14,6 +14,8 @@ use crate::float::rounded_to_half;
 const LEN: usize = 256;
 /// Values that are searched together in Q4_K and Q5_K: two super-blocks.
 const PAIR: usize = 2 * LEN;
+/// Super-blocks that are searched together in Q3_K.
+const SETS: usize = 4;
 
 #[inline(always)]
 pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
@@ -46,16 +48,19 @@ pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 
 #[inline(always)]
 pub(super) fn encode_q3_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
-    for pair in values.chunks(PAIR) {
-        let (first, second) = pair.split_at(LEN);
-        let x = [columns::<L, 16>(first), columns::<L, 16>(second)];
-        let (mut scales, mut codes) = ([Column::ZERO; 2], [[Column::ZERO; 16]; 2]);
-        for at in vectors::<L>(16) {
-            let found: [L; 2] = one_by_one(&x, at, &mut codes);
-            found[0].store(&mut scales[0], at);
-            found[1].store(&mut scales[1], at);
+    for values in values.chunks(SETS * LEN) {
+        let (mut x, mut codes) = ([[Column::ZERO; 16]; SETS], [[Column::ZERO; 16]; SETS]);
+        for (x, values) in x.iter_mut().zip(values.chunks(LEN)) {
+            *x = columns::<L, 16>(values);
         }
-        for (part, (_, block)) in blocks::<LEN, 110>(pair, out).enumerate() {
+        let mut scales = [Column::ZERO; SETS];
+        for at in vectors::<L>(16) {
+            let found: [L; SETS] = one_by_one(&x, at, &mut codes);
+            for (scales, found) in scales.iter_mut().zip(found) {
+                found.store(scales, at);
+            }
+        }
+        for (part, (_, block)) in blocks::<LEN, 110>(values, out).enumerate() {
             finish_q3_k::<L>(&x[part], &scales[part].0, &codes[part], block);
         }
     }
