@@ -16,32 +16,30 @@ const LEN: usize = 32;
 const BELOW_HALF: f32 = 0.5_f32.next_down();
 
 #[inline(always)]
-pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], out: &mut [u8]) {
     encode_nibbles::<L, 18, true>(values, 15.0, out);
 }
 
 #[inline(always)]
-pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], out: &mut [u8]) {
     encode_nibbles::<L, 20, false>(values, 15.0, out);
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], out: &mut [u8]) {
     encode_nibbles::<L, 22, true>(values, 31.0, out);
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_1<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q5_1<L: Lanes>(values: &[f32], out: &mut [u8]) {
     encode_nibbles::<L, 24, false>(values, 31.0, out);
 }
 
 /// Codes `q` with `x ≈ d·q`, from −127 to 127, halves away from zero.
 #[inline(always)]
-pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], out: &mut [u8]) {
     let blocks = values.as_chunks::<LEN>().0;
-    let start = out.len();
-    out.resize(start + blocks.len() * 34, 0);
-    let encoded = out[start..].as_chunks_mut::<34>().0;
+    let encoded = out.as_chunks_mut::<34>().0;
     for (blocks, encoded) in blocks.chunks(SIDE_BY_SIDE).zip(encoded.chunks_mut(SIDE_BY_SIDE)) {
         let (mut d, mut inverse) = (Column::ZERO, Column::ZERO);
         for at in vectors::<L>(blocks.len()) {
@@ -71,12 +69,10 @@ pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 fn encode_nibbles<L: Lanes, const BYTES: usize, const CENTRED: bool>(
     values: &[f32],
     max_code: f32,
-    out: &mut Vec<u8>,
+    out: &mut [u8],
 ) {
     let blocks = values.as_chunks::<LEN>().0;
-    let start = out.len();
-    out.resize(start + blocks.len() * BYTES, 0);
-    let encoded = out[start..].as_chunks_mut::<BYTES>().0;
+    let encoded = out.as_chunks_mut::<BYTES>().0;
     let scales = if CENTRED { 2 } else { 4 };
     let nibbles = BYTES - LEN / 2;
     for (blocks, encoded) in blocks.chunks(SIDE_BY_SIDE).zip(encoded.chunks_mut(SIDE_BY_SIDE)) {
