@@ -51,6 +51,24 @@ const SCALED_MOMENTS: u64 = 256;
 /// Bytes of a row beside its tokens: two vectors with their headers on the heap, and where it comes from.
 const ROW: u64 = 48 + 32 + 16;
 
+/// Terms that follow from the sizes of the model and the batch alone.
+const EXACT: [&str; 8] = [
+    "base weights",
+    "weights",
+    "adapters",
+    "optimizer state",
+    "gradients",
+    "gradients of a block",
+    "block inputs",
+    "rotary table",
+];
+
+/// What of a phase is exact. The rest is counted from our operations, or measured.
+pub(crate) fn exact_bytes(terms: &[Term], phase: &PhaseBytes) -> u64 {
+    let exact = terms.iter().filter(|term| EXACT.contains(&&*term.name) && phase.terms.contains(&term.name));
+    exact.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
+}
+
 /// Terms, and which of them live in which phase.
 pub(crate) struct Counted {
     /// Every term of the run.

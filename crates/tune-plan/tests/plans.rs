@@ -34,7 +34,7 @@ fn a_small_model_over_its_whole_table() {
 
 #[test]
 fn an_8b_model_that_does_not_fit() {
-    let plan = PlanInput { budget_bytes: Some(8 << 30), ..input("llama3.1:8b", Method::Qlora) };
+    let plan = PlanInput { budget_bytes: Some(8_000_000_000), ..input("llama3.1:8b", Method::Qlora) };
     insta::assert_snapshot!(text(plan));
 }
 
