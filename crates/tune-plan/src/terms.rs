@@ -48,6 +48,9 @@ const PANEL_FLOATS: u64 = 512 << 10;
 /// Moments of 8 bits that share a scale. `BLOCK` of `tune-train`'s optimizer.
 const SCALED_MOMENTS: u64 = 256;
 
+/// Values of the smallest tensor whose moments have 8 bits. `LEAST_8BIT` of `tune-train`'s optimizer.
+const LEAST_8BIT: u64 = 4096;
+
 /// Bytes of a row beside its tokens: two vectors with their headers on the heap, and where it comes from.
 const ROW: u64 = 48 + 32 + 16;
 
@@ -187,15 +190,8 @@ impl Counting<'_> {
             terms.push(("base weights", w.held, formula));
             terms.push(("adapters", product(&[F32, n]), format!("4 bytes × {n}")));
         }
-        terms.push(match input.optimizer {
-            Optimizer::Adamw => {
-                ("optimizer state", product(&[2 * F32, n]), format!("AdamW: 2 × 4 bytes × {n}"))
-            }
-            Optimizer::Adamw8bit => {
-                let bytes = product(&[2, n.saturating_add(product(&[F32, n.div_ceil(SCALED_MOMENTS)]))]);
-                ("optimizer state", bytes, format!("AdamW: 2 × (1 + 4 / 256) bytes × {n}"))
-            }
-        });
+        let (bytes, formula) = moments(input);
+        terms.push(("optimizer state", bytes, format!("AdamW: 2 × {formula}")));
         terms.push(("process", c.process_bytes, c.origin().to_string()));
         let tokenizer = product(&[c.bytes_per_vocabulary_entry, vocab]);
         terms.push((
@@ -367,6 +363,38 @@ impl Counting<'_> {
             ("rotary table", product(&[tokens, dim, F32]), format!("{tokens} tokens × {dim} × 4 bytes")),
         ]
     }
+}
+
+/// Both moments of all trained parameters, in memory and in a checkpoint, and the formula of one.
+pub(crate) fn moments(input: &PlanInput) -> (u64, String) {
+    let n = input.trained_parameters();
+    if input.optimizer == Optimizer::Adamw {
+        return (product(&[2 * F32, n]), format!("4 bytes × {n}"));
+    }
+    let (mut parameters, mut scales) = (0u64, 0u64);
+    for (count, size) in matrices(input).into_iter().filter(|(_, size)| *size >= LEAST_8BIT) {
+        parameters = parameters.saturating_add(product(&[count, size]));
+        scales = scales.saturating_add(product(&[count, size.div_ceil(SCALED_MOMENTS)]));
+    }
+    // norms, biases and small matrices
+    let floats = scales.saturating_add(n.saturating_sub(parameters));
+    let one = product(&[F32, floats]).saturating_add(parameters);
+    let formula = format!("(1 byte × {parameters} + 4 × ({scales} scales + {} others))", floats - scales);
+    (product(&[2, one]), formula)
+}
+
+/// How many trained matrices of each size there are.
+fn matrices(input: &PlanInput) -> Vec<(u64, u64)> {
+    let s = &input.shape;
+    let linears = s.block_linears();
+    if input.method == Method::Full {
+        let embeddings = (if s.tied { 1 } else { 2 }, product(&[s.vocab_size, s.hidden_size]));
+        let linears = linears.map(|(_, d_out, d_in)| (s.num_hidden_layers, product(&[d_out, d_in])));
+        return linears.into_iter().chain([embeddings]).collect();
+    }
+    let (layers, rank) = (s.adapted_layers(&input.layers), input.rank);
+    let adapted = linears.into_iter().filter(|(name, ..)| input.target_modules.contains(name));
+    adapted.flat_map(|(_, d_out, d_in)| [d_in, d_out].map(|d| (layers, product(&[rank, d])))).collect()
 }
 
 fn bytes_of(dtype: Dtype) -> u64 {
