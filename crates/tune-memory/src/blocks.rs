@@ -55,6 +55,13 @@ pub fn blocks_in_use() -> u64 {
     pool().in_use as u64
 }
 
+/// Gives the kept blocks back to the system, because what comes next needs others.
+pub(crate) fn return_kept() {
+    let mut pool = pool();
+    pool.bound = pool.in_use;
+    pool.return_beyond_bound();
+}
+
 fn is_large(layout: Layout) -> bool {
     cfg!(target_os = "linux") && layout.size() >= LARGE && layout.align() <= PAGE
 }
