@@ -211,13 +211,10 @@ impl Counting<'_> {
     fn task_buffers(&self) -> Named {
         let (input, tokens, threads) = (self.input, self.sizes.tokens, self.input.calibration.threads);
         let s = &input.shape;
+        let floats = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
+        let of_floats = format!("a panel of decoded rows, and {threads} threads × 1 MiB");
         if input.dtype == Dtype::F32 {
-            let bytes = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
-            return (
-                "task buffers",
-                bytes,
-                format!("a panel of decoded rows, and {threads} threads × 1 MiB"),
-            );
+            return ("task buffers", floats, of_floats);
         }
         let widest = (2 * s.intermediate_size).max(s.q() + 2 * s.kv());
         let columns =
@@ -235,6 +232,10 @@ impl Counting<'_> {
         let formula = format!(
             "{threads} threads × ({rows} rows × {columns} × 4 + 264 KiB + ({longest} × 6 + {whole} × 8) × {dim})"
         );
+        if computes_in_f32(input) {
+            // blocks in f32, the loss in bf16
+            return ("task buffers", bytes.saturating_add(floats), format!("{formula}, {of_floats}"));
+        }
         ("task buffers", bytes, formula)
     }
 
