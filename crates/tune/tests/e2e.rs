@@ -3,11 +3,15 @@
 //! `tests/e2e/README.md` has the scripts, the format of the files and the measurements behind the limits. Everything
 //! that is needed is fetched on the first run, into `target/`: llama.cpp and PEFT (0.7 GB), the model (98 MB).
 
+#[path = "../../tune-hub/tests/support/ollama.rs"]
+mod double;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use double::OllamaDouble;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -156,6 +160,13 @@ fn quickstart_trains_and_its_exports_run_in_llama_cpp_and_peft() {
     };
     let (nearest, feedback) = (retention("rtn"), retention("gptq"));
     assert!(feedback > nearest + 0.1 && feedback > 0.7, "rtn keeps {nearest}, gptq {feedback}");
+
+    let untuned = bench.requantise(&base, FileType::Q8_0, "untuned-q8_0.gguf");
+    for (model, code) in [(&q8_0, Some(0)), (&untuned, Some(5))] {
+        let (found, agreement) = bench.verify_on_ollama(model, &run);
+        println!("on a double of Ollama: {agreement}");
+        assert_eq!(found, code, "{agreement}");
+    }
 
     let adapter = bench.export(&run, "peft", "adapter");
     bench.check_peft(&base, &adapter, &tuned, "1e-3");
@@ -384,6 +395,11 @@ impl Bench {
 
     /// Exit code and findings of `tune verify` with a real llama-server beside it.
     fn verify(&self, artefact: &Path, run: &Path) -> (Option<i32>, Value) {
+        Self::verify_with(artefact, run, path(&self.llama_server()))
+    }
+
+    /// A program with the arguments of llama-server.
+    fn llama_server(&self) -> PathBuf {
         let server = self.path("llama-server");
         let script = root().join("tests/e2e/llama_server.py");
         let start = format!("#!/bin/sh\nexec '{}' '{}' \"$@\"\n", self.python.display(), script.display());
@@ -393,7 +409,29 @@ impl Bench {
             use std::os::unix::fs::PermissionsExt;
             fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).expect("it may be started");
         }
-        Self::verify_with(artefact, run, path(&server))
+        server
+    }
+
+    /// Exit code and agreement of `tune verify ollama:NAME`, with the model on a double of an Ollama server. The
+    /// probabilities that the double tells are those of a real llama.cpp.
+    fn verify_on_ollama(&self, model: &Path, run: &Path) -> (Option<i32>, Value) {
+        let base = tune_formats::open(model).expect("the model opens");
+        let tokenizer = tune_data::Tokenizer::from_base(&base).expect("a tokenizer");
+        let llama_cpp =
+            tune_hub::LlamaServer::start(&self.llama_server(), model, None, 1024).expect("it serves");
+        let double = OllamaDouble::start("0.34.0");
+        double.pull("tuned", b"GGUF");
+        double.state().quantization_level = "Q8_0";
+        double.state().probabilities = Some(Box::new(move |_, prompt, top| {
+            let ids = tokenizer.encode_sequence(prompt).expect("ids");
+            let tokens = llama_cpp.next_tokens(&ids, top).expect("probabilities");
+            tokens.into_iter().map(|(id, logprob)| (tokenizer.token_bytes(id).to_vec(), logprob)).collect()
+        }));
+        let mut command = tune_command(&["verify", "ollama:tuned", "--run", path(run), "--json"]);
+        let Output { status, stdout, stderr } =
+            command.env("OLLAMA_HOST", &double.address).output().expect("tune runs");
+        let agreement = serde_json::from_slice(&stdout);
+        (status.code(), agreement.unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&stderr))))
     }
 
     fn verify_ourselves(artefact: &Path, run: &Path) -> (Option<i32>, Value) {

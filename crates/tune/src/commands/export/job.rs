@@ -154,7 +154,7 @@ impl Job<'_> {
     }
 
     /// The trained model, where it is needed.
-    fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
+    pub fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
         if self.settings.verify == Verify::Off && self.route(target) != MergeRoute::Gptq {
             return Ok(None);
         }
