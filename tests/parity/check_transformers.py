@@ -96,10 +96,9 @@ def check_card(folder, problems):
 
         def handle_starttag(self, tag, attributes):
             self.tags.append(tag)
+            self.inside.append(tag)
             if tag == "img":
                 self.pictures.append(dict(attributes)["src"])
-            else:
-                self.inside.append(tag)
 
         def handle_endtag(self, tag):
             self.inside.remove(tag)

@@ -222,13 +222,16 @@ fn write_tokenizer(
             }
             let tokenizer_config = tokenizer_config(base)?;
             write_bytes(&folder.join("tokenizer_config.json"), format!("{tokenizer_config:#}\n").as_bytes())?;
-            let generation = json!({
-                "bos_token_id": base.special.bos,
-                "eos_token_id": base.special.eos_ids,
-                "pad_token_id": base.special.pad,
-            });
-            write_bytes(&folder.join("generation_config.json"), format!("{generation:#}\n").as_bytes())?;
         }
+    }
+    let generation_path = folder.join("generation_config.json");
+    if !generation_path.is_file() {
+        let generation = json!({
+            "bos_token_id": base.special.bos,
+            "eos_token_id": base.special.eos_ids,
+            "pad_token_id": base.special.pad,
+        });
+        write_bytes(&generation_path, format!("{generation:#}\n").as_bytes())?;
     }
     let copied = matches!(base.source, Source::HfDirectory(_)) && request.options.chat_template.is_none();
     match request.options.chat_template.or(base.chat_template.as_deref()) {

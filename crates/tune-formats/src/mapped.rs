@@ -20,15 +20,16 @@ impl AsRef<[u8]> for MappedFile {
 }
 
 impl SharedBytes for MappedFile {
-    /// Whole pages within the range; those at its ends may hold something else that is in use.
+    /// The pages of the range, whole ones at its ends too: reading a page maps those around it, so that a range whose
+    /// neighbour was read before it is larger than itself. What is in use there is mapped again when it is read.
     fn release(&self, range: Range<usize>) {
         #[cfg(target_os = "linux")]
         #[allow(unsafe_code, reason = "memory mapping")]
         {
-            /// A multiple of every page size in use.
-            const PAGE: usize = 64 << 10;
-            let (start, end) =
-                (range.start.next_multiple_of(PAGE), range.end.min(self.0.len()) / PAGE * PAGE);
+            /// What one read maps at a time, and a multiple of every page size in use.
+            const AROUND: usize = 64 << 10;
+            let start = range.start / AROUND * AROUND;
+            let end = range.end.next_multiple_of(AROUND).min(self.0.len());
             if start < end {
                 // SAFETY: a read-only mapping of a file: what is dropped is read from the file again, with the same content.
                 // An error leaves the pages where they are.

@@ -91,6 +91,14 @@ pub enum HubError {
         what: &'static str,
     },
 
+    /// An Ollama server that answers without the probabilities that it was asked for.
+    #[error("Ollama tells no probabilities of {model}")]
+    #[diagnostic(help("Ollama 0.12.11 or newer does, of models that it runs itself"))]
+    OllamaTellsNoLogprobs {
+        /// The model.
+        model: String,
+    },
+
     /// An Ollama server that answers with an error.
     #[error("Ollama at {url} refuses {what}: {reason}")]
     #[diagnostic(help("{help}"))]

@@ -277,8 +277,8 @@ impl OllamaServer {
     /// the model's BOS token before it where the model wants one.
     ///
     /// # Errors
-    /// [`HubError::OllamaTooOld`] before 0.12.11; a model that is not there or cannot be loaded; a server that goes
-    /// away.
+    /// [`HubError::OllamaTooOld`] before 0.12.11; [`HubError::OllamaTellsNoLogprobs`] of a server that leaves them out; a
+    /// model that is not there or cannot be loaded; a server that goes away.
     pub fn next_tokens(&self, model: &str, prompt: &str, top: usize) -> Result<Vec<NextToken>, HubError> {
         #[derive(Deserialize)]
         struct Answer {
@@ -302,7 +302,7 @@ impl OllamaServer {
         let first = answer.logprobs.into_iter().next().map(|position| position.top_logprobs);
         let mut tokens = first
             .filter(|tokens| !tokens.is_empty())
-            .ok_or_else(|| self.refused(&what, "its answer has no logprobs"))?;
+            .ok_or_else(|| HubError::OllamaTellsNoLogprobs { model: model.to_owned() })?;
         tokens.sort_by(|a, b| b.logprob.total_cmp(&a.logprob));
         Ok(tokens)
     }

@@ -224,6 +224,12 @@ fn prompts_answers_and_probabilities() {
         Some("<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n")
     );
     assert_eq!(server.chat("base:1b", &user("How are you?"), 8).unwrap().text, "Fine, thank you.");
+    let error = server.next_tokens("base:1b", "How are", 3).unwrap_err();
+    assert!(matches!(error, HubError::OllamaTellsNoLogprobs { .. }), "{error}");
+    double.state().probabilities = Some(Box::new(|_, prompt, top| {
+        assert_eq!(prompt, "How are");
+        (0..top).map(|n| (format!(" t{n}").into_bytes(), -0.5 - n as f64)).collect()
+    }));
     let tokens = server.next_tokens("base:1b", "How are", 3).unwrap();
     let told: Vec<(&str, f64)> = tokens.iter().map(|token| (token.token.as_str(), token.logprob)).collect();
     assert_eq!(told, [(" t0", -0.5), (" t1", -1.5), (" t2", -2.5)]);

@@ -21,8 +21,10 @@ pub(crate) fn field(text: &str, name: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Gives what the heap of small blocks holds free back to the system. Without glibc nothing happens.
+/// Gives what the program holds and does not use back to the system: kept blocks, and with glibc what the heap of small
+/// ones holds free.
 pub fn return_free_memory() {
+    crate::blocks::return_kept();
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[allow(unsafe_code)]
     // SAFETY: malloc_trim only releases pages that hold no block, under the allocator's own locks.

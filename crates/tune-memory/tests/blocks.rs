@@ -1,6 +1,6 @@
 //! The allocator of large blocks under a whole program. One test: the count is the process's.
 
-use tune_memory::{Blocks, blocks_in_use, end_phase, phase_peaks, resident_bytes};
+use tune_memory::{Blocks, blocks_in_use, end_phase, phase_peaks, resident_bytes, return_free_memory};
 
 #[global_allocator]
 static BLOCKS: Blocks = Blocks;
@@ -56,6 +56,11 @@ fn blocks_are_counted_kept_and_bounded() {
     }
     let now = resident_bytes().expect("known");
     assert!(now <= before + MIB as u64, "{now} after {before}");
+
+    // What is kept goes back on request.
+    return_free_memory();
+    let kept = resident_bytes().expect("known");
+    assert!(kept + 30 * MIB as u64 <= now, "{kept} of {now}");
 
     end_phase("many");
     drop(c);

@@ -19,18 +19,18 @@ pub struct Calibration {
     pub bytes_per_entry_of_gguf: u64,
     /// The same while it is read from a `tokenizer.json`.
     pub bytes_per_entry_of_json: u64,
-    /// Half-width of the range around the estimate, in thousandths of it.
+    /// Half-width of the range around what is not exact, in thousandths of it.
     pub margin_permille: u64,
     /// Measured on this machine, not shipped.
     #[serde(default)]
     pub measured_here: bool,
 }
 
-/// burn's pure-Rust CPU backend, measured on two Zen 4 cores; see docs/memory-measured.md.
+/// burn's pure-Rust CPU backend, measured on two cores; see docs/memory-measured.md.
 pub const FLEX: Calibration = Calibration {
     threads: 2,
-    process_bytes: 31 << 19,
-    bytes_per_vocabulary_entry: 400,
+    process_bytes: 33 << 19,
+    bytes_per_vocabulary_entry: 360,
     bytes_per_entry_of_gguf: 530,
     bytes_per_entry_of_json: 1300,
     margin_permille: 50,

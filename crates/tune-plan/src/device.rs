@@ -147,11 +147,6 @@ impl Device {
         }
     }
 
-    /// Whether processor and graphics share its memory.
-    pub fn is_shared(&self) -> bool {
-        matches!(self.kind, DeviceKind::Cpu | DeviceKind::Unified)
-    }
-
     /// The memory of a run on a processor with `total` bytes of main memory.
     fn cpu(name: String, total: u64) -> Self {
         let available = total.saturating_sub((5 * GIB / 2).max(total / 10));

@@ -1,6 +1,8 @@
 //! What a run writes, in bytes.
 
 use crate::estimate::{PlanInput, Term};
+use crate::format_bytes;
+use crate::terms::moments;
 use tune_recipe::Method;
 
 /// Bytes of a `f32`, the type of adapters, trained weights and moments on disk.
@@ -24,7 +26,8 @@ pub struct Writes {
 /// The terms. A new checkpoint is whole before the oldest is removed, so one more than the limit is there for a moment.
 pub fn disk(input: &PlanInput, writes: &Writes) -> Vec<Term> {
     let trained = input.trained_parameters();
-    let checkpoint = trained.saturating_mul(3 * F32).saturating_add(SMALL_FILES);
+    let (moments, _) = moments(input);
+    let checkpoint = trained.saturating_mul(F32).saturating_add(moments).saturating_add(SMALL_FILES);
     let kept = writes.save_total_limit.max(1);
     let count = kept.saturating_add(1).min(writes.saves.unwrap_or(u64::MAX)).max(1);
     let what = match input.method {
@@ -34,7 +37,7 @@ pub fn disk(input: &PlanInput, writes: &Writes) -> Vec<Term> {
     let mut terms = vec![Term {
         name: "checkpoints".into(),
         bytes: checkpoint.saturating_mul(count),
-        formula: format!("{count} × ({what} + 2 moments, 12 bytes × {trained})"),
+        formula: format!("{count} × ({what}, 4 bytes × {trained}, and moments, {})", format_bytes(moments)),
     }];
     terms.push(match input.method {
         Method::Full => Term {

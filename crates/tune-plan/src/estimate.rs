@@ -128,16 +128,6 @@ impl PlanInput {
         }
     }
 
-    /// The same with as many kept blocks as fit in the budget, unless `spec` says how many. Without a known budget
-    /// none: what does not fit would end the run.
-    #[must_use]
-    pub fn keep_what_fits(self, spec: &RunSpec) -> Self {
-        if spec.origins.is_written("train.gradient_checkpointing") {
-            return self;
-        }
-        self.keep_what(|plan| plan.fits.unwrap_or(false))
-    }
-
     /// The same with the most kept blocks whose plan `fits`.
     pub(crate) fn keep_what(self, fits: impl Fn(&MemoryPlan) -> bool) -> Self {
         let with = |kept_blocks| Self { kept_blocks, ..self.clone() };
@@ -226,6 +216,14 @@ pub struct Estimate {
     pub phases: Vec<PhaseBytes>,
 }
 
+impl Estimate {
+    /// What of the peak follows from the sizes of model and batch alone. The rest is counted from our operations, or measured.
+    pub fn exact_bytes(&self) -> u64 {
+        let peak = self.phases.iter().find(|phase| Some(&phase.name) == self.peak_phase.as_ref());
+        peak.map_or(0, |phase| terms::exact_bytes(&self.terms, phase))
+    }
+}
+
 /// Reference, estimate and verdict. Its JSON form is a stable interface.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MemoryPlan {
@@ -253,16 +251,20 @@ pub fn estimate(input: &PlanInput) -> MemoryPlan {
     let counted = terms::count(input);
     let peak = counted.phases.iter().max_by_key(|phase| phase.bytes);
     let peak_bytes = peak.map_or(0, |phase| phase.bytes);
-    let estimate = Estimate {
+    let mut estimate = Estimate {
         basis: Basis::Detailed,
         peak_bytes,
-        upper_bytes: plus_permille(peak_bytes, input.calibration.margin_permille),
+        upper_bytes: peak_bytes,
         peak_phase: peak.map(|phase| phase.name.clone()),
         trainable_parameters: Some(input.trained_parameters()),
         tokens: Some(input.tokens()),
         terms: counted.terms,
         phases: counted.phases,
     };
+    let exact = estimate.exact_bytes();
+    let rest = permille(peak_bytes - exact, input.calibration.margin_permille).max(LEAST_MARGIN_BYTES);
+    let margin = permille(exact, EXACT_MARGIN_PERMILLE).saturating_add(rest);
+    estimate.upper_bytes = peak_bytes.saturating_add(margin);
     MemoryPlan {
         model: input.model.clone(),
         parameters,
@@ -304,7 +306,18 @@ pub(crate) fn product(factors: &[u64]) -> u64 {
     factors.iter().fold(1, |product: u64, factor| product.saturating_mul(*factor))
 }
 
-pub(crate) fn plus_permille(bytes: u64, permille: u64) -> u64 {
-    let more = u128::from(bytes) * u128::from(1000 + permille) / 1000;
-    u64::try_from(more).unwrap_or(u64::MAX)
+/// Half-width of the range around bytes that follow from the model's sizes alone, in thousandths: pages at the ends of blocks.
+const EXACT_MARGIN_PERMILLE: u64 = 5;
+
+/// Least half-width of the range around all else: what the program itself takes differs that much between runs.
+const LEAST_MARGIN_BYTES: u64 = 4 << 20;
+
+/// `bytes` and so many thousandths of it.
+pub(crate) fn plus_permille(bytes: u64, more: u64) -> u64 {
+    bytes.saturating_add(permille(bytes, more))
+}
+
+/// So many thousandths of `bytes`.
+pub(crate) fn permille(bytes: u64, permille: u64) -> u64 {
+    u64::try_from(u128::from(bytes) * u128::from(permille) / 1000).unwrap_or(u64::MAX)
 }

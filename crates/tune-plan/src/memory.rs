@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::estimate::{Estimate, MemoryPlan, PhaseBytes, Term};
+use crate::estimate::{Estimate, MemoryPlan, PhaseBytes, Term, permille};
 
 /// Which memory a budget is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,6 +14,9 @@ pub enum Pool {
     /// The memory of a graphics card, beside that of the host.
     Device,
 }
+
+/// Half-width of the range around what lies on a card, in thousandths: nothing was measured there yet.
+const DEVICE_MARGIN_PERMILLE: u64 = 50;
 
 /// What lies in which memory at the peak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,14 +33,16 @@ impl Pool {
     /// Where the parts of `plan` lie.
     pub fn split(self, plan: &MemoryPlan) -> Split {
         let estimate = &plan.estimate;
-        let upper = estimate.upper_bytes;
         match self {
-            Self::Shared => Split { pool: self, needed_bytes: upper, host_bytes: 0 },
+            Self::Shared => Split { pool: self, needed_bytes: estimate.upper_bytes, host_bytes: 0 },
             Self::Device => {
                 let peak =
                     estimate.phases.iter().find(|phase| Some(&phase.name) == estimate.peak_phase.as_ref());
                 let host = peak.map_or(0, |peak| host_bytes(estimate, peak));
-                Split { pool: self, needed_bytes: upper.saturating_sub(host), host_bytes: host }
+                let on_device = estimate.peak_bytes.saturating_sub(host);
+                let margin = permille(on_device, DEVICE_MARGIN_PERMILLE)
+                    .max(estimate.upper_bytes - estimate.peak_bytes);
+                Split { pool: self, needed_bytes: on_device.saturating_add(margin), host_bytes: host }
             }
         }
     }

@@ -48,8 +48,29 @@ const PANEL_FLOATS: u64 = 512 << 10;
 /// Moments of 8 bits that share a scale. `BLOCK` of `tune-train`'s optimizer.
 const SCALED_MOMENTS: u64 = 256;
 
+/// Values of the smallest tensor whose moments have 8 bits. `LEAST_8BIT` of `tune-train`'s optimizer.
+const LEAST_8BIT: u64 = 4096;
+
 /// Bytes of a row beside its tokens: two vectors with their headers on the heap, and where it comes from.
 const ROW: u64 = 48 + 32 + 16;
+
+/// Terms that follow from the sizes of the model and the batch alone.
+const EXACT: [&str; 8] = [
+    "base weights",
+    "weights",
+    "adapters",
+    "optimizer state",
+    "gradients",
+    "gradients of a block",
+    "block inputs",
+    "rotary table",
+];
+
+/// What of a phase is exact. The rest is counted from our operations, or measured.
+pub(crate) fn exact_bytes(terms: &[Term], phase: &PhaseBytes) -> u64 {
+    let exact = terms.iter().filter(|term| EXACT.contains(&&*term.name) && phase.terms.contains(&term.name));
+    exact.fold(0, |sum: u64, term| sum.saturating_add(term.bytes))
+}
 
 /// Terms, and which of them live in which phase.
 pub(crate) struct Counted {
@@ -169,15 +190,8 @@ impl Counting<'_> {
             terms.push(("base weights", w.held, formula));
             terms.push(("adapters", product(&[F32, n]), format!("4 bytes × {n}")));
         }
-        terms.push(match input.optimizer {
-            Optimizer::Adamw => {
-                ("optimizer state", product(&[2 * F32, n]), format!("AdamW: 2 × 4 bytes × {n}"))
-            }
-            Optimizer::Adamw8bit => {
-                let bytes = product(&[2, n.saturating_add(product(&[F32, n.div_ceil(SCALED_MOMENTS)]))]);
-                ("optimizer state", bytes, format!("AdamW: 2 × (1 + 4 / 256) bytes × {n}"))
-            }
-        });
+        let (bytes, formula) = moments(input);
+        terms.push(("optimizer state", bytes, format!("AdamW: 2 × {formula}")));
         terms.push(("process", c.process_bytes, c.origin().to_string()));
         let tokenizer = product(&[c.bytes_per_vocabulary_entry, vocab]);
         terms.push((
@@ -197,13 +211,10 @@ impl Counting<'_> {
     fn task_buffers(&self) -> Named {
         let (input, tokens, threads) = (self.input, self.sizes.tokens, self.input.calibration.threads);
         let s = &input.shape;
+        let floats = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
+        let of_floats = format!("a panel of decoded rows, and {threads} threads × 1 MiB");
         if input.dtype == Dtype::F32 {
-            let bytes = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
-            return (
-                "task buffers",
-                bytes,
-                format!("a panel of decoded rows, and {threads} threads × 1 MiB"),
-            );
+            return ("task buffers", floats, of_floats);
         }
         let widest = (2 * s.intermediate_size).max(s.q() + 2 * s.kv());
         let columns =
@@ -221,6 +232,10 @@ impl Counting<'_> {
         let formula = format!(
             "{threads} threads × ({rows} rows × {columns} × 4 + 264 KiB + ({longest} × 6 + {whole} × 8) × {dim})"
         );
+        if computes_in_f32(input) {
+            // blocks in f32, the loss in bf16
+            return ("task buffers", bytes.saturating_add(floats), format!("{formula}, {of_floats}"));
+        }
         ("task buffers", bytes, formula)
     }
 
@@ -349,6 +364,38 @@ impl Counting<'_> {
             ("rotary table", product(&[tokens, dim, F32]), format!("{tokens} tokens × {dim} × 4 bytes")),
         ]
     }
+}
+
+/// Both moments of all trained parameters, in memory and in a checkpoint, and the formula of one.
+pub(crate) fn moments(input: &PlanInput) -> (u64, String) {
+    let n = input.trained_parameters();
+    if input.optimizer == Optimizer::Adamw {
+        return (product(&[2 * F32, n]), format!("4 bytes × {n}"));
+    }
+    let (mut parameters, mut scales) = (0u64, 0u64);
+    for (count, size) in matrices(input).into_iter().filter(|(_, size)| *size >= LEAST_8BIT) {
+        parameters = parameters.saturating_add(product(&[count, size]));
+        scales = scales.saturating_add(product(&[count, size.div_ceil(SCALED_MOMENTS)]));
+    }
+    // norms, biases and small matrices
+    let floats = scales.saturating_add(n.saturating_sub(parameters));
+    let one = product(&[F32, floats]).saturating_add(parameters);
+    let formula = format!("(1 byte × {parameters} + 4 × ({scales} scales + {} others))", floats - scales);
+    (product(&[2, one]), formula)
+}
+
+/// How many trained matrices of each size there are.
+fn matrices(input: &PlanInput) -> Vec<(u64, u64)> {
+    let s = &input.shape;
+    let linears = s.block_linears();
+    if input.method == Method::Full {
+        let embeddings = (if s.tied { 1 } else { 2 }, product(&[s.vocab_size, s.hidden_size]));
+        let linears = linears.map(|(_, d_out, d_in)| (s.num_hidden_layers, product(&[d_out, d_in])));
+        return linears.into_iter().chain([embeddings]).collect();
+    }
+    let (layers, rank) = (s.adapted_layers(&input.layers), input.rank);
+    let adapted = linears.into_iter().filter(|(name, ..)| input.target_modules.contains(name));
+    adapted.flat_map(|(_, d_out, d_in)| [d_in, d_out].map(|d| (layers, product(&[rank, d])))).collect()
 }
 
 fn bytes_of(dtype: Dtype) -> u64 {

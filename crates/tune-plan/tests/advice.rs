@@ -101,7 +101,9 @@ fn a_card_holds_what_is_not_on_the_host() {
     let (shared, card) = (Answer::to(&shared, None, Vec::new()), Answer::to(&card, None, Vec::new()));
     assert_eq!(shared.memory.host_bytes, 0);
     assert!(card.memory.host_bytes > 0);
-    assert_eq!(card.memory.needed_bytes + card.memory.host_bytes, shared.memory.needed_bytes);
+    // a margin of 5 % for all of it, where the processor's is only for what is not exact
+    let on_card = card.plan.estimate.peak_bytes - card.memory.host_bytes;
+    assert_eq!(card.memory.needed_bytes, on_card + on_card / 20);
     assert!(card.to_text(Style::PLAIN).contains("on the host"));
 }
 

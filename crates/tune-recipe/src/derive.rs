@@ -98,11 +98,6 @@ impl RunSpec {
         }
     }
 
-    /// Sequences × longest sequence: the most tokens that go through the model at once.
-    pub fn micro_batch_tokens(&self) -> usize {
-        self.train.micro_batch_size.saturating_mul(self.data_options.sequence_len)
-    }
-
     /// Puts `value`, in TOML, in the place of the one at `path` (`train.seed`) for this reason. What is left to "auto" and
     /// depends on it is chosen by the next [`RunSpec::refine`]. `false` where there is no such value.
     pub fn change(&mut self, path: &str, value: &str, reason: &str) -> bool {

@@ -110,8 +110,9 @@ fn asked(ids: &[u32], at: &[usize]) -> MicroBatch {
 }
 
 /// Asks a model that a running Ollama has, against the trained model itself: what lies between the two is the export and
-/// the server. Texts go in, past every template, and tokens come back as text.
-pub fn ollama(server: &OllamaServer, name: &str, trained: &Trained<'_>) -> Result<EngineAgreement> {
+/// the server. Texts go in, past every template, and tokens come back as text. `None` where no text of the held-out rows
+/// could be asked.
+pub fn ollama(server: &OllamaServer, name: &str, trained: &Trained<'_>) -> Result<Option<EngineAgreement>> {
     let mut sums = (0.0, 0, 0);
     for (ids, at) in &questions(&trained.held_out.batches) {
         let ours = top_logprobs(&trained.model, &asked(ids, at), TOP);
@@ -130,7 +131,7 @@ pub fn ollama(server: &OllamaServer, name: &str, trained: &Trained<'_>) -> Resul
             sums.2 += 1;
         }
     }
-    Ok(EngineAgreement::of("ollama", sums))
+    Ok((sums.2 > 0).then(|| EngineAgreement::of("ollama", sums)))
 }
 
 /// The text of the tokens up to a position, without the one that begins every sequence, which the server adds. `None`

@@ -156,6 +156,11 @@ impl Gate {
         self.plan.estimate.peak_bytes
     }
 
+    /// What of the predicted peak follows from the sizes of model and batch alone.
+    pub fn exact_bytes(&self) -> u64 {
+        self.plan.estimate.exact_bytes()
+    }
+
     /// Blocks that keep their activations for backward.
     pub fn kept_blocks(&self) -> usize {
         self.plan.kept_blocks.map_or(0, |blocks| blocks as usize)

@@ -6,13 +6,17 @@ use tune_plan::picture::{Bar, Part, bars};
 use tune_plan::{Answer, format_bytes};
 
 const WIDTH: i32 = 960;
-const HEIGHT: i32 = 480;
 /// Left and right end of the bars.
 const LEFT: i32 = 176;
 const RIGHT: i32 = WIDTH - 96;
 const TOP: i32 = 112;
 const BAR: i32 = 34;
 const GAP: i32 = 20;
+/// Between the bars and the first row of the legend, and from row to row.
+const LEGEND: i32 = 62;
+const ROW: i32 = 26;
+/// Entries of a row.
+const COLUMNS: i32 = 3;
 const INK: RGBColor = RGBColor(0x22, 0x26, 0x2e);
 const FADED: RGBColor = RGBColor(0x6b, 0x72, 0x80);
 const RULE: RGBColor = RGBColor(0xd9, 0xdc, 0xe3);
@@ -34,7 +38,13 @@ fn draw(
     bars: &[Bar],
     full: u64,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let area = SVGBackend::with_string(text, (WIDTH as u32, HEIGHT as u32)).into_drawing_area();
+    let used: Vec<Part> = Part::ALL
+        .into_iter()
+        .filter(|part| bars.iter().any(|bar| bar.parts.iter().any(|(p, _)| p == part)))
+        .collect();
+    let bottom = TOP + bars.len() as i32 * (BAR + GAP) - GAP;
+    let height = bottom + LEGEND + (used.len() as i32 + COLUMNS - 1) / COLUMNS * ROW;
+    let area = SVGBackend::with_string(text, (WIDTH as u32, height as u32)).into_drawing_area();
     area.fill(&WHITE)?;
     let at = |bytes: u64| LEFT + (i128::from(bytes) * i128::from(RIGHT - LEFT) / i128::from(full)) as i32;
     let write = |words: &str, place: (i32, i32), size: i32, colour: &RGBColor, to: HPos| {
@@ -46,7 +56,6 @@ fn draw(
     write(&verdict(answer), (32, 66), 15, &FADED, HPos::Left)?;
 
     // Scale first, so that the bars lie over its lines.
-    let bottom = TOP + bars.len() as i32 * (BAR + GAP) - GAP;
     let step = step_of(full);
     for mark in (0..).map(|n| n * step).take_while(|mark| *mark <= full) {
         let x = at(mark);
@@ -81,12 +90,8 @@ fn draw(
     }
 
     let peak = bars.iter().find(|bar| answer.plan.estimate.peak_phase.as_deref() == Some(&*bar.phase));
-    let used: Vec<Part> = Part::ALL
-        .into_iter()
-        .filter(|part| bars.iter().any(|bar| bar.parts.iter().any(|(p, _)| p == part)))
-        .collect();
     for (i, part) in (0..).zip(used) {
-        let (x, y) = (32 + i % 3 * 302, bottom + 62 + i / 3 * 26);
+        let (x, y) = (32 + i % COLUMNS * 302, bottom + LEGEND + i / COLUMNS * ROW);
         area.draw(&Rectangle::new([(x, y - 7), (x + 14, y + 7)], colour(part).filled()))?;
         write(part.name(), (x + 24, y), 13, &INK, HPos::Left)?;
         let bytes =

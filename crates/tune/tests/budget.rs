@@ -65,7 +65,9 @@ fn a_budget_just_below_is_refused_and_one_just_above_is_kept() {
     let measured = place.tune(&["bench", "memory", "--model", model.to_str().expect("UTF-8"), "--json"]);
     assert!(measured.status.success(), "{}", stderr(&measured));
     let report: Value = serde_json::from_slice(&measured.stdout).expect("JSON");
-    assert_eq!(report["runs"].as_array().expect("runs").len(), 3);
+    let blocks = |run: &Value| run["blocks"].as_u64();
+    let blocks: Vec<_> = report["runs"].as_array().expect("runs").iter().filter_map(blocks).collect();
+    assert_eq!(blocks, [2, 2, 4, 4]);
     assert_eq!(place.json("cache/memory.json")["constants"], report["constants"]);
 
     let free = place.train("free", &[]);
@@ -99,4 +101,46 @@ fn a_budget_just_below_is_refused_and_one_just_above_is_kept() {
     let warned = place.train("beyond", &[&budget, "memory.on_exceed=warn"]);
     assert!(warned.status.success(), "{}", stderr(&warned));
     assert!(stderr(&warned).contains("are resident, and the run may use"), "{}", stderr(&warned));
+}
+
+#[test]
+fn the_disk_of_a_plan_is_what_a_run_writes() {
+    let place = place();
+    for optimizer in ["adamw", "adamw_8bit"] {
+        let set = ["adapter.r=64".to_owned(), format!("train.optimizer=\"{optimizer}\"")];
+        let planned = place.tune(&[
+            "plan",
+            "recipe.toml",
+            "--json",
+            "--set",
+            set[0].as_str(),
+            "--set",
+            set[1].as_str(),
+        ]);
+        assert!(planned.status.success(), "{}", stderr(&planned));
+        let plan: Value = serde_json::from_slice(&planned.stdout).expect("JSON");
+        let term = |name: &str| {
+            let disk = plan["disk"].as_array().expect("disk terms");
+            let term = disk.iter().find(|term| term["name"] == name).expect("a term of this name");
+            term["bytes"].as_u64().expect("bytes")
+        };
+        let set: Vec<&str> = set.iter().map(String::as_str).collect();
+        let run = place.train(optimizer, &set);
+        assert!(run.status.success(), "{}", stderr(&run));
+        // tensors to the byte; beside them the names of tensors and a few settings
+        let small_files = 64 << 10;
+        for (term, folder) in [(term("checkpoints"), "checkpoints"), (term("adapter folder"), "adapter")] {
+            let bytes = bytes_in(&place.0.path().join(optimizer).join(folder));
+            assert!(bytes <= term && term - bytes < small_files, "{folder}: {bytes} of {term}");
+            assert!(term > 4 * small_files, "too small to tell");
+        }
+    }
+}
+
+/// Bytes of all files in a folder.
+fn bytes_in(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    entries
+        .map(|path| if path.is_dir() { bytes_in(&path) } else { path.metadata().expect("a file").len() })
+        .sum()
 }

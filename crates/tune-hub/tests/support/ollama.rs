@@ -48,7 +48,15 @@ pub struct State {
     /// Whether `_debug_render_only` is known.
     pub tells_prompts: bool,
     pub answer: String,
+    /// What every model is said to be stored as.
+    pub quantization_level: &'static str,
+    /// The likeliest next tokens of a model after a text; where this is not set, answers have no `logprobs`.
+    pub probabilities: Option<Probabilities>,
 }
+
+/// Of the request that made the model, a prompt and a number: so many tokens as bytes, with the natural logarithms of their
+/// probabilities.
+pub type Probabilities = Box<dyn Fn(&Value, &str, usize) -> Vec<(Vec<u8>, f64)> + Send>;
 
 impl OllamaDouble {
     pub fn start(version: &str) -> Self {
@@ -69,6 +77,8 @@ impl OllamaDouble {
             refuses_adapters: None,
             tells_prompts: true,
             answer: "Fine, thank you.".to_owned(),
+            quantization_level: "Q4_0",
+            probabilities: None,
         }));
         let shared = Arc::clone(&state);
         thread::spawn(move || {
@@ -290,7 +300,7 @@ fn show(stream: &mut TcpStream, request: &Value, state: &State) -> std::io::Resu
         "modelfile": modelfile,
         "template": model["template"].as_str().unwrap_or("{{ .Prompt }}"),
         "system": model["system"].as_str().unwrap_or_default(),
-        "details": { "format": "gguf", "family": "llama", "quantization_level": "Q4_0" },
+        "details": { "format": "gguf", "family": "llama", "quantization_level": state.quantization_level },
     });
     answer(stream, 200, &shown)
 }
@@ -339,10 +349,14 @@ fn generate(stream: &mut TcpStream, path: &str, request: &Value, state: &State) 
         if top > 20 {
             return answer(stream, 400, &json!({ "error": "top_logprobs must be between 0 and 20" }));
         }
-        let tokens: Vec<Value> = (0..top)
-            .map(|n| json!({ "token": format!(" t{n}"), "bytes": format!(" t{n}").as_bytes(), "logprob": -0.5 - n as f64 }))
-            .collect();
-        answered["logprobs"] = json!([{ "token": " t0", "logprob": -0.5, "top_logprobs": tokens }]);
+        if let Some(probabilities) = &state.probabilities {
+            let prompt = request["prompt"].as_str().unwrap_or_default();
+            let tokens: Vec<Value> = probabilities(model, prompt, top as usize)
+                .into_iter()
+                .map(|(bytes, logprob)| json!({ "token": String::from_utf8_lossy(&bytes), "bytes": bytes, "logprob": logprob }))
+                .collect();
+            answered["logprobs"] = json!([{ "top_logprobs": tokens }]);
+        }
     }
     answer(stream, 200, &answered)
 }

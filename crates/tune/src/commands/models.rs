@@ -210,8 +210,8 @@ fn text(rows: &[Row], device: Option<&Device>, width: usize) -> String {
     }
     writeln!(
         text,
-        "\nGB at most; rows of {NEEDS_TOKENS} tokens one at a time, adapters of rank {NEEDS_RANK}. ~ counted for another \
-         trainer: this version does not train it."
+        "\nGB at most; rows of {NEEDS_TOKENS} tokens one at a time, adapters of rank {NEEDS_RANK}.\n\
+         ~ counted for another trainer: this version does not train it."
     )
     .ok();
     text

@@ -127,6 +127,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
     let outcome = sft(&setup, &mut |event| progress.show(&event));
     progress.finish();
     let outcome = outcome?;
+    return_free_memory(); // what training has needed
     stop.store(true, Ordering::Relaxed); // nothing is left to save: from here on one Ctrl-C ends the program
     if let Some(svg) = crate::loss_plot::svg(&folder.read_metrics()?) {
         folder.write(&folder.loss_svg(), svg.as_bytes())?;

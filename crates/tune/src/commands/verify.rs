@@ -113,7 +113,10 @@ fn verify_on_ollama(name: &str, trained: &Trained<'_>, json: bool) -> Result<Exi
         let message = format!("the Ollama server at {} has no model \"{name}\"", server.host());
         return Err(UsageError::report(message, "tune export RUN --to ollama:NAME puts one there"));
     };
-    let agreement = engines::ollama(&server, name, trained)?;
+    let agreement = engines::ollama(&server, name, trained)?.ok_or_else(|| {
+        let help = "name rows whose texts are cut into the tokens of training with --data FILE";
+        UsageError::report("no text of the held-out rows can be asked", help)
+    })?;
     let limits = Limits::of_mix(&shown.details.quantization_level);
     if json {
         println!("{}", serde_json::to_string(&agreement).into_diagnostic()?);

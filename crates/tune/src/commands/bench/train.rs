@@ -114,6 +114,8 @@ struct Report {
     peak_rss_bytes: Option<u64>,
     /// What the memory planner said before the run.
     planned_peak_bytes: u64,
+    /// What of that follows from the sizes of the model alone.
+    planned_exact_bytes: u64,
     /// Constants of the plan that are measured, not counted.
     memory_constants: Calibration,
     flop_per_token: f64,
@@ -181,6 +183,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         tokens_per_cpu_second: median(measured.iter().filter_map(|step| step.cpu_seconds.map(rate))),
         peak_rss_bytes: watch.peak_rss_bytes,
         planned_peak_bytes: gate.peak_bytes(),
+        planned_exact_bytes: gate.exact_bytes(),
         memory_constants: calibration::current(),
         flop_per_token,
         gflops: flop_per_token * tokens_per_second * 1e-9,

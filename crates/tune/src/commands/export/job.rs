@@ -155,7 +155,7 @@ impl Job<'_> {
     }
 
     /// The trained model, where it is needed.
-    fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
+    pub fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
         // without a run there are no rows for error feedback either
         let has_feedback = self.route(target) == MergeRoute::Gptq && self.run.is_some();
         if self.settings.verify == Verify::Off && !has_feedback {

@@ -6,8 +6,8 @@
 //! merged weights sent (gguf:q8_0)         all else, and servers from 0.34.1 on, which refuse adapters
 //! ```
 //!
-//! Then the server is asked what prompt it makes of a conversation, which has to be the one of training, and for one
-//! answer: it says success of models that do not run.
+//! Then the server is asked what prompt it makes of a conversation, which has to be the one of training, for one answer,
+//! since it says success of models that do not run, and how likely next tokens are, as likely as the trained model thinks.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,9 @@ use tune_hub::{Blob, HubError, NewModel, OllamaName, OllamaServer, Resolved, Upl
 use tune_recipe::Verify;
 
 use super::Job;
-use crate::download;
 use crate::exit::{NotAsTrained, UsageError};
+use crate::limits::Limits;
+use crate::{download, engines};
 
 /// What is sent where an adapter will not do.
 const MERGED: ExportTarget = ExportTarget::Gguf(FileType::Q8_0);
@@ -103,16 +104,16 @@ impl Creation<'_> {
                 return Err(error.into());
             }
         };
-        let report = match self.create(&server, upload, &report) {
+        let (upload, report) = match self.create(&server, upload, &report) {
             Err(error) if self.may_merge_instead(&error, upload) => {
                 eprintln!("note      this server takes no adapters: merged weights ({MERGED}) are sent");
                 let report = self.write(MERGED)?;
                 self.create(&server, MERGED, &report)?;
-                report
+                (MERGED, report)
             }
-            created => created.map(|()| report)?,
+            created => created.map(|()| (upload, report))?,
         };
-        self.check(&server, &report)
+        self.check(&server, upload, &report)
     }
 
     /// What is sent to this server.
@@ -232,8 +233,8 @@ impl Creation<'_> {
         parts.iter().map(|part| Ok((name(part), send(server, part, known)?))).collect()
     }
 
-    /// Compares the prompts of the server with those of training, and shows an answer.
-    fn check(&self, server: &OllamaServer, report: &ExportReport) -> Result<()> {
+    /// Compares prompts and probabilities of the server with those of training, and shows an answer.
+    fn check(&self, server: &OllamaServer, upload: ExportTarget, report: &ExportReport) -> Result<()> {
         let name = self.target.name.to_string();
         let spinner = download::spinner(&format!("asking {name}"));
         let problems = self.prompt_problems(server, &name);
@@ -251,8 +252,8 @@ impl Creation<'_> {
         {
             problems.push(format!("the server has left out the adapter {sent}"));
         }
-        let verify = self.job.spec().map_or(Verify::Strict, |spec| spec.export.verify);
-        match (problems.is_empty(), verify) {
+        problems.extend(self.answer_problem(server, &name, upload)?);
+        match (problems.is_empty(), self.verify()) {
             (true, _) | (_, Verify::Off) => {}
             (false, Verify::Warn) => problems.iter().for_each(|problem| eprintln!("warning   {problem}")),
             (false, Verify::Strict) => return Err(NotAsTrained { name, problems }.into()),
@@ -316,8 +317,37 @@ impl Creation<'_> {
         Ok(problems)
     }
 
+    /// Whether next tokens are as likely to the server as to the trained model.
+    fn answer_problem(
+        &self,
+        server: &OllamaServer,
+        name: &str,
+        upload: ExportTarget,
+    ) -> Result<Option<String>> {
+        if self.verify() == Verify::Off {
+            return Ok(None);
+        }
+        let Some(trained) = self.job.trained(upload)? else { return Ok(None) };
+        let spinner = download::spinner(&format!("comparing {name} with the trained model"));
+        let agreement = engines::ollama(server, name, &trained);
+        spinner.finish_and_clear();
+        match agreement {
+            Ok(Some(agreement)) => {
+                eprintln!("{agreement}");
+                let shown = server.show(name)?.unwrap_or_default();
+                Ok(agreement.problem(Limits::of_mix(&shown.details.quantization_level)))
+            }
+            Ok(None) => Ok(None),
+            Err(error) if tells_no_probabilities(&error) => {
+                eprintln!("note      this server tells no probabilities: its answers are not compared");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     fn verify(&self) -> Verify {
-        self.job.spec().map_or(Verify::Strict, |spec| spec.export.verify)
+        self.job.settings.verify
     }
 
     /// The question, and the turns that templates differ in.
@@ -332,6 +362,13 @@ impl Creation<'_> {
             vec![Message::new("system", "Answer briefly."), user],
         ]
     }
+}
+
+fn tells_no_probabilities(error: &miette::Report) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(HubError::OllamaTooOld { .. } | HubError::OllamaTellsNoLogprobs { .. })
+    )
 }
 
 /// Sends one file unless the server has it, with a bar.
