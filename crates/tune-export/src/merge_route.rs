@@ -21,7 +21,7 @@ impl MergeRoute {
     /// The route that keeps most of a fine-tune in files of this type, at a price that it is worth.
     pub const fn best_for(file_type: FileType) -> Self {
         match file_type {
-            FileType::F32 | FileType::F16 | FileType::BF16 | FileType::Q8_0 | FileType::Q6_K => Self::Refit,
+            FileType::F32 | FileType::F16 | FileType::BF16 | FileType::Q8_0 => Self::Refit,
             _ => Self::Gptq,
         }
     }
