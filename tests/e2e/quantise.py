@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """What llama.cpp's own quantiser makes of a GGUF file: the function behind `llama-quantize`.
 
-    quantise.py LIBRARIES IN.gguf OUT.gguf TYPE [--threads N] [--experts PATTERN]
+    quantise.py LIBRARIES IN.gguf OUT.gguf TYPE [--threads N] [--experts PATTERN] [--times]
 
 LIBRARIES is the folder that `setup.sh --with-quantizer` prints. TYPE is written as after `tune export --to gguf:`.
 The input is taken as it is, quantised tensors too. `--experts` names, as a regular expression, tensors that MXFP4 is
-meant for; llama.cpp itself gives it only to the experts of a mixture.
+meant for; llama.cpp itself gives it only to the experts of a mixture. `--times` prints the seconds of the call as JSON.
 Exit code 0: written. 1: llama.cpp refused. 2: this script's own trouble.
 """
 
 import argparse
 import ctypes
+import json
 import sys
+import time
 from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_int32, c_uint32, c_void_p
 from pathlib import Path
 
@@ -88,6 +90,7 @@ def main():
     parser.add_argument("type", choices=FILE_TYPES)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--experts")
+    parser.add_argument("--times", action="store_true")
     args = parser.parse_args()
 
     llama = load(args.libraries)
@@ -99,7 +102,10 @@ def main():
     if args.experts:
         overrides = (TensorType * 2)(TensorType(args.experts.encode(), GGML_TYPE_MXFP4), TensorType(None, 0))
         params.known.tensor_types = overrides
+    wall, cpu = time.monotonic(), time.process_time()
     failed = llama.llama_model_quantize(args.source.encode(), args.out.encode(), byref(params))
+    if args.times:
+        print(json.dumps({"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}))
     sys.exit(1 if failed else 0)
 
 

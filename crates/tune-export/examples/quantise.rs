@@ -14,6 +14,10 @@ use miette::{IntoDiagnostic, Result, miette};
 use tune_export::{ExportOptions, ExportRequest, ExportTarget, FileType, Verification, export};
 use tune_formats::peft::{Adapter, AdapterConfig};
 
+/// As in the program itself.
+#[global_allocator]
+static BLOCKS: tune_memory::Blocks = tune_memory::Blocks;
+
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, file_type, out, rest @ ..] = &arguments[..] else {

@@ -34,10 +34,10 @@ pub(crate) fn write(
 
     let mut writer = GgufWriter::create(staged.path(), &metadata, specs)?;
     for (done, pair) in (1..).zip(&pairs) {
-        for (spec, values) in pair.specs().iter().zip([pair.lora.a.clone(), pair.stored_b()]) {
+        for (spec, values) in pair.specs().iter().zip([pair.lora.a.to_vec(), pair.stored_b()]) {
             let mut bytes = Vec::new();
             BlockType::F32.encode(&values, &mut bytes);
-            writer.write(&spec.name, &bytes)?;
+            writer.append(&spec.name, bytes.into())?;
         }
         progress(ExportEvent::Wrote { done: 2 * done, tensors: count });
     }
@@ -122,7 +122,7 @@ fn pairs<'a>(request: &ExportRequest<'a>) -> Result<(f32, Vec<Pair<'a>>), Export
 }
 
 fn check_finite(pair: &Pair<'_>) -> Result<(), ExportError> {
-    let values = pair.lora.a.iter().chain(&pair.lora.b);
+    let values = pair.lora.a.iter().chain(pair.lora.b.iter());
     if values.into_iter().all(|v| v.is_finite()) {
         return Ok(());
     }

@@ -48,9 +48,9 @@ pub(crate) fn write(
         let mut written = RowDigests::new(tensor);
         effect += tensor.merged.encode(*block_type, rounding, tensor.order, |bytes| {
             if matches!(rounding, Rounding::Feedback(_)) {
-                written.push(bytes);
+                written.push(&bytes);
             }
-            Ok(writer.write(name, bytes)?)
+            Ok(writer.append(name, bytes)?)
         })?;
         digests[done - 1] = written.finish();
         progress(ExportEvent::Wrote { done, tensors: tensors.len() });

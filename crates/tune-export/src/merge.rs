@@ -13,7 +13,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use tune_formats::peft::{Adapter, LoraWeights};
 use tune_formats::{BaseModel, FormatError, TensorProblem};
-use tune_quant::{BlockType, Grid, RowOrder, StoredMatrix};
+use tune_quant::{BlockType, ByteView, Grid, RowOrder, Storage, StoredMatrix, largest_magnitude};
 
 use crate::ExportError;
 use crate::error_feedback::ErrorFeedback;
@@ -23,7 +23,11 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// Values that are merged and encoded together: enough for all cores, little beside a model.
-const CHUNK_VALUES: usize = 1 << 22;
+const CHUNK_VALUES: usize = 1 << 20;
+
+/// No type of this crate overflows where all values are below it: the largest half is 64 times as much, and no search
+/// gives a scale or a minimum so many times the values.
+const SURELY_FINITE: f32 = 1024.0;
 
 /// Values that one thread encodes at a time: encoders work on several blocks side by side, and short rows hold few.
 const BATCH_VALUES: usize = 1 << 14;
@@ -103,7 +107,7 @@ impl<'a> MergedTensor<'a> {
         block_type: BlockType,
         rounding: Rounding<'_>,
         order: RowOrder,
-        mut write: impl FnMut(&[u8]) -> Result<(), ExportError>,
+        mut write: impl FnMut(ByteView) -> Result<(), ExportError>,
     ) -> Result<Effect, ExportError> {
         match &self.values {
             Values::Vector(values) => {
@@ -116,17 +120,26 @@ impl<'a> MergedTensor<'a> {
                 let mut decoded = vec![0.0; values.len()];
                 block_type.decode(&bytes, &mut decoded);
                 self.check_finite(&ordered, &decoded, block_type)?;
-                write(&bytes)?;
+                write(bytes.into())?;
                 Ok(Effect::default())
             }
             Values::Matrix(matrix) => {
+                if let Some(stored) = matrix.unchanged(block_type, order) {
+                    let row_bytes = stored.len() / matrix.rows().max(1);
+                    for rows in matrix.chunks() {
+                        let bytes = stored.slice(rows.start * row_bytes..rows.end * row_bytes);
+                        bytes.map_or(Ok(()), &mut write)?;
+                    }
+                    matrix.base.release();
+                    return Ok(Effect::default());
+                }
                 let hf_rows = rows_as_stored(order, matrix.rows());
                 let mut effect = Effect::default();
                 for chunk in matrix.chunks() {
                     let (bytes, of_chunk) =
                         self.encode_rows(matrix, block_type, rounding, &hf_rows[chunk])?;
                     effect += of_chunk;
-                    write(&bytes)?;
+                    write(bytes.into())?;
                 }
                 matrix.base.release();
                 Ok(effect)
@@ -169,10 +182,10 @@ impl<'a> MergedTensor<'a> {
         scratch: &mut Scratch,
         out: &mut [u8],
     ) -> Result<Effect, ExportError> {
-        let Scratch { base, merged, decoded, encoded } = scratch;
+        let Scratch { base, merged, decoded } = scratch;
         let cols = matrix.cols();
         let unchanged: Option<Vec<&[u8]>> =
-            rows.iter().map(|&row| matrix.unchanged(row, block_type)).collect();
+            rows.iter().map(|&row| matrix.unchanged_row(row, block_type)).collect();
         if let Some(stored) = unchanged {
             out.copy_from_slice(&stored.concat());
             return Ok(Effect::default());
@@ -181,33 +194,33 @@ impl<'a> MergedTensor<'a> {
         for (base, &row) in base.chunks_exact_mut(cols).zip(rows) {
             matrix.base.decode_row(row, base);
         }
-        merged.clone_from(base);
-        for (merged, &row) in merged.chunks_exact_mut(cols).zip(rows) {
-            matrix.add_update(row, merged);
-        }
-        encoded.clear();
+        let merged = if matrix.is_changed() {
+            merged.clone_from(base);
+            for (merged, &row) in merged.chunks_exact_mut(cols).zip(rows) {
+                matrix.add_update(row, merged);
+            }
+            &merged[..]
+        } else {
+            &base[..]
+        };
+        let grids = match rounding {
+            Rounding::Refit => Vec::new(),
+            Rounding::BaseGrid | Rounding::Feedback(_) => matrix.grids(block_type, rows, merged),
+        };
         match rounding {
-            Rounding::Refit => block_type.encode(merged, encoded),
-            Rounding::BaseGrid => {
-                on_grids(&matrix.grids(block_type, rows, merged), merged, block_type, encoded);
+            Rounding::BaseGrid if !grids.is_empty() => put_codes(&grids, &nearest_codes(&grids, merged), out),
+            Rounding::Feedback(feedback) if !grids.is_empty() => {
+                put_codes(&grids, &feedback.codes(&grids, merged), out);
             }
-            Rounding::Feedback(feedback) => {
-                let grids = matrix.grids(block_type, rows, merged);
-                match grids.is_empty() {
-                    true => block_type.encode(merged, encoded),
-                    false => {
-                        let codes = feedback.codes(&grids, merged);
-                        let rows = grids.iter().zip(codes.chunks_exact(cols));
-                        encoded.extend(rows.flat_map(|(grid, codes)| grid.with_codes(codes)));
-                    }
-                }
-            }
+            _ => block_type.encode_into(merged, out),
         }
-        out.copy_from_slice(encoded);
+        if !matrix.is_changed() && largest_magnitude(merged) < SURELY_FINITE {
+            return Ok(Effect::default());
+        }
         decoded.resize(merged.len(), 0.0);
         block_type.decode(out, decoded);
         self.check_finite(merged, decoded, block_type)?;
-        Ok(if matrix.update.is_some() { Effect::of_rows(base, merged, decoded) } else { Effect::default() })
+        Ok(if matrix.is_changed() { Effect::of_rows(base, merged, decoded) } else { Effect::default() })
     }
 
     fn check_finite(
@@ -219,16 +232,16 @@ impl<'a> MergedTensor<'a> {
         let not_finite = |when: String, help: &str| {
             Err(ExportError::NotFinite { tensor: self.name.clone(), when, help: help.to_owned() })
         };
-        if !values.iter().all(|v| v.is_finite()) {
+        if !largest_magnitude(values).is_finite() {
             return not_finite(
                 "in the base or the adapter".to_owned(),
                 "the training run diverged or the base is damaged: train again with a lower learning rate",
             );
         }
-        if decoded.iter().all(|v| v.is_finite()) {
+        if largest_magnitude(decoded).is_finite() {
             return Ok(());
         }
-        let largest = values.iter().fold(0.0_f32, |max, v| max.max(v.abs()));
+        let largest = largest_magnitude(values);
         not_finite(
             format!("as {}: its largest magnitude is {largest}", block_type.name()),
             "export a type with the range of a single: --to gguf:bf16 or --to gguf:f32",
@@ -275,10 +288,22 @@ impl MergedMatrix<'_> {
         (0..rows).step_by(step).map(move |start| start..rows.min(start + step))
     }
 
+    /// The stored bytes, where neither adapter nor encoding changes them and the rows stay in their order.
+    fn unchanged(&self, block_type: BlockType, order: RowOrder) -> Option<&ByteView> {
+        match self.base.storage() {
+            Storage::Blocks { block_type: stored_type, bytes }
+                if *stored_type == block_type && self.base.row_order() == order && !self.is_changed() =>
+            {
+                Some(bytes)
+            }
+            _ => None,
+        }
+    }
+
     /// The stored bytes of a row that neither the adapter nor the encoding changes.
-    fn unchanged(&self, row: usize, block_type: BlockType) -> Option<&[u8]> {
+    fn unchanged_row(&self, row: usize, block_type: BlockType) -> Option<&[u8]> {
         let (stored_type, bytes) = self.base.row_blocks(row)?;
-        (self.update.is_none() && stored_type == block_type).then_some(bytes)
+        (!self.is_changed() && stored_type == block_type).then_some(bytes)
     }
 
     /// Row `row` of W'.
@@ -299,14 +324,19 @@ impl MergedMatrix<'_> {
     }
 }
 
-/// Each value on the nearest one of its grid.
-fn on_grids(grids: &[Grid], merged: &[f32], block_type: BlockType, encoded: &mut Vec<u8>) {
-    if grids.is_empty() {
-        return block_type.encode(merged, encoded);
-    }
-    for (grid, row) in grids.iter().zip(merged.chunks_exact(merged.len() / grids.len())) {
-        let codes: Vec<u8> = row.iter().enumerate().map(|(j, value)| grid.nearest(j, *value).0).collect();
-        encoded.extend(grid.with_codes(&codes));
+/// The codes of the values that are nearest to these, a grid a row.
+fn nearest_codes(grids: &[Grid], merged: &[f32]) -> Vec<u8> {
+    let rows = grids.iter().zip(merged.chunks_exact(merged.len() / grids.len()));
+    rows.flat_map(|(grid, row)| row.iter().enumerate().map(|(j, value)| grid.nearest(j, *value).0)).collect()
+}
+
+/// The rows with these codes, one a value.
+fn put_codes(grids: &[Grid], codes: &[u8], out: &mut [u8]) {
+    let (cols, row_bytes) = (codes.len() / grids.len(), out.len() / grids.len());
+    for ((grid, codes), out) in
+        grids.iter().zip(codes.chunks_exact(cols)).zip(out.chunks_exact_mut(row_bytes))
+    {
+        out.copy_from_slice(&grid.with_codes(codes));
     }
 }
 
@@ -376,7 +406,6 @@ struct Scratch {
     base: Vec<f32>,
     merged: Vec<f32>,
     decoded: Vec<f32>,
-    encoded: Vec<u8>,
 }
 
 #[cfg(test)]

@@ -45,12 +45,13 @@ pub(crate) fn write(
     progress(ExportEvent::Started { tensors: specs.len(), bytes: size });
 
     let max_shard = request.options.max_shard_bytes.unwrap_or(MAX_SHARD);
-    let mut writer =
-        ShardedWriter::create(staged.path(), &specs, usize::try_from(max_shard).unwrap_or(usize::MAX))?;
+    let max_shard = usize::try_from(max_shard).unwrap_or(usize::MAX);
+    let metadata = request.adapter.config.provenance.safetensors_metadata();
+    let mut writer = ShardedWriter::create(staged.path(), &metadata, &specs, max_shard)?;
     let mut effect = Effect::default();
     for (done, (tensor, spec)) in (1..).zip(tensors.iter().zip(&specs)) {
         effect += tensor.encode(spec.block_type, Rounding::Refit, RowOrder::Natural, |bytes| {
-            Ok(writer.write(&spec.name, bytes)?)
+            Ok(writer.append(&spec.name, bytes)?)
         })?;
         progress(ExportEvent::Wrote { done, tensors: specs.len() });
     }
@@ -291,7 +292,7 @@ fn verify(
         tensor.encode(spec.block_type, Rounding::Refit, RowOrder::Natural, |bytes| {
             let found = found.get(at..at + bytes.len()).map(|found| (block_type, found));
             let row = at / (spec.byte_len().unwrap_or(1) / spec.shape[0].max(1)).max(1);
-            differences.row(&spec.name, row, found, (spec.block_type, bytes));
+            differences.row(&spec.name, row, found, (spec.block_type, &bytes));
             at += bytes.len();
             Ok(())
         })?;

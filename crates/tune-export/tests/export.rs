@@ -97,8 +97,8 @@ fn gguf_adapter_over_the_base_equals_the_merged_file_row_by_row() {
         for name in ["self_attn.q_proj", "mlp.up_proj"] {
             let lora = adapter.layers.get_mut(&format!("model.layers.0.{name}")).expect(name);
             lora.r = 2;
-            lora.a.truncate(2 * lora.d_in);
-            lora.b.truncate(2 * lora.d_out);
+            lora.a.to_mut().truncate(2 * lora.d_in);
+            lora.b.to_mut().truncate(2 * lora.d_out);
         }
         let (lora_out, merged_out) = (dir.path().join("a.gguf"), dir.path().join("m.gguf"));
         run(&base, &adapter, ExportTarget::GgufLora, &lora_out).expect(model);
@@ -246,13 +246,13 @@ fn what_cannot_be_exported_is_refused_and_leaves_nothing() {
     });
 
     let mut diverged = good.clone();
-    diverged.layers.get_mut(q).unwrap().b[3] = f32::NAN;
+    diverged.layers.get_mut(q).unwrap().b.to_mut()[3] = f32::NAN;
     for target in [ExportTarget::GgufLora, ExportTarget::Gguf(FileType::F16), ExportTarget::Safetensors] {
         refused(&base, &diverged, target, |error| matches!(error, ExportError::NotFinite { .. }));
     }
 
     let mut large = good.clone();
-    large.layers.get_mut(q).unwrap().b[3] = 1e9;
+    large.layers.get_mut(q).unwrap().b.to_mut()[3] = 1e9;
     for target in [ExportTarget::Gguf(FileType::F16), ExportTarget::Gguf(FileType::Q8_0)] {
         refused(
             &base,
@@ -439,7 +439,7 @@ fn routes_keep_the_grid_of_the_base_and_are_read_back() {
     let hf = base("llama-tied");
     let mut adapter = adapter(&hf.config);
     // an update whose errors add up to a step somewhere in a row
-    adapter.layers.values_mut().flat_map(|lora| &mut lora.b).for_each(|b| *b *= 20.0);
+    adapter.layers.values_mut().flat_map(|lora| lora.b.to_mut()).for_each(|b| *b *= 20.0);
     let empty = Adapter { layers: BTreeMap::new(), ..adapter.clone() };
     let first = dir.path().join("base.gguf");
     run(&hf, &empty, ExportTarget::Gguf(FileType::Q4_1), &first).expect("exported");
@@ -509,7 +509,7 @@ fn weights_of_an_export_are_checked_tensor_by_tensor() {
     assert_eq!(problems(&adapter), Vec::<String>::new());
     let (name, lora) = adapter.layers.iter_mut().next().expect("a layer");
     let name = name.clone();
-    lora.b.iter_mut().for_each(|b| *b *= 20.0);
+    lora.b.to_mut().iter_mut().for_each(|b| *b *= 20.0);
     let found = problems(&adapter);
     assert!(found.len() == 1 && found[0].starts_with(&name), "{found:?}");
 }

@@ -1,19 +1,38 @@
 //! Files that appear whole or not at all: temporary file beside the target, fsync, rename.
+//!
+//! A thread of its own writes, so that what comes next is computed meanwhile, and the disk begins at once, so that little is
+//! left for the fsync. At most three pieces are in memory: one being filled, one waiting, one being written.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use tempfile::{Builder, NamedTempFile};
+use tune_quant::ByteView;
 
 use crate::FormatError;
+
+/// Small pieces are written together.
+const PIECE: usize = 1 << 20;
 
 /// A file that replaces its target when committed and vanishes when dropped before.
 pub(crate) struct AtomicFile {
     target: PathBuf,
     /// Size of the finished file, for messages.
     size: u64,
-    file: BufWriter<NamedTempFile>,
+    /// What is not on its way yet.
+    buffer: Vec<u8>,
+    state: State,
+}
+
+enum State {
+    /// Nothing is written yet.
+    New(NamedTempFile),
+    Writing(SyncSender<ByteView>, JoinHandle<io::Result<NamedTempFile>>),
+    /// A write failed.
+    Failed,
 }
 
 impl AtomicFile {
@@ -30,21 +49,89 @@ impl AtomicFile {
             builder.permissions(fs::Permissions::from_mode(0o666));
         }
         let file = builder.tempfile_in(directory).map_err(|error| FormatError::write(target, size, error))?;
-        Ok(Self { target: target.to_owned(), size, file: BufWriter::with_capacity(1 << 20, file) })
+        Ok(Self { target: target.to_owned(), size, buffer: Vec::new(), state: State::New(file) })
     }
 
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
-        self.file.write_all(bytes).map_err(|error| FormatError::write(&self.target, self.size, error))
+    /// Appends a copy of `bytes`.
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<(), FormatError> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(PIECE - self.buffer.len()));
+            self.buffer.extend_from_slice(now);
+            if self.buffer.len() == PIECE {
+                self.send_buffer()?;
+            }
+            bytes = later;
+        }
+        Ok(())
     }
 
-    /// Makes the file durable and gives it its name.
-    pub(crate) fn commit(self) -> Result<(), FormatError> {
-        let Self { target, size, file } = self;
-        let write = |error| FormatError::write(&target, size, error);
-        let file = file.into_inner().map_err(|error| write(error.into_error()))?;
-        file.as_file().sync_all().map_err(write)?;
-        file.persist(&target).map_err(|error| write(error.error))?;
-        sync_directory(directory_of(&target)).map_err(write)
+    /// Appends `bytes`, without a copy where they are many. Their pages are released once they are written.
+    pub(crate) fn append(&mut self, bytes: ByteView) -> Result<(), FormatError> {
+        if bytes.len() < PIECE / 4 {
+            return self.write(&bytes);
+        }
+        self.send_buffer()?;
+        self.send(bytes)
+    }
+
+    /// Makes the file durable and gives it its name. An error of an earlier write may come only now.
+    pub(crate) fn commit(mut self) -> Result<(), FormatError> {
+        let mut file = match std::mem::replace(&mut self.state, State::Failed) {
+            State::New(file) => file,
+            State::Writing(sender, thread) => {
+                drop(sender);
+                self.result_of(thread)?
+            }
+            State::Failed => return Err(self.error(io::Error::other("an earlier write failed"))),
+        };
+        let written = file.write_all(&self.buffer).and_then(|()| file.as_file().sync_all());
+        written.map_err(|error| self.error(error))?;
+        file.persist(&self.target).map_err(|error| self.error(error.error))?;
+        sync_directory(directory_of(&self.target)).map_err(|error| self.error(error))
+    }
+
+    fn send_buffer(&mut self) -> Result<(), FormatError> {
+        match std::mem::take(&mut self.buffer) {
+            empty if empty.is_empty() => Ok(()),
+            bytes => self.send(bytes.into()),
+        }
+    }
+
+    fn send(&mut self, bytes: ByteView) -> Result<(), FormatError> {
+        let (sender, thread) = match std::mem::replace(&mut self.state, State::Failed) {
+            State::New(file) => {
+                let (sender, pieces) = sync_channel(1);
+                (sender, std::thread::spawn(move || write_pieces(file, &pieces)))
+            }
+            State::Writing(sender, thread) => (sender, thread),
+            State::Failed => return Err(self.error(io::Error::other("an earlier write failed"))),
+        };
+        if sender.send(bytes).is_ok() {
+            self.state = State::Writing(sender, thread);
+            return Ok(());
+        }
+        // It ends before its sender only when a write fails.
+        drop(sender);
+        self.result_of(thread).map(drop)
+    }
+
+    fn result_of(&self, thread: JoinHandle<io::Result<NamedTempFile>>) -> Result<NamedTempFile, FormatError> {
+        let result = thread.join().unwrap_or_else(|_| Err(io::Error::other("the writing thread ended")));
+        result.map_err(|error| self.error(error))
+    }
+
+    fn error(&self, error: io::Error) -> FormatError {
+        FormatError::write(&self.target, self.size, error)
+    }
+}
+
+impl Drop for AtomicFile {
+    /// The thread must not outlive it: the temporary file goes with the thread.
+    fn drop(&mut self) {
+        if let State::Writing(sender, thread) = std::mem::replace(&mut self.state, State::Failed) {
+            drop(sender);
+            let _ = thread.join();
+        }
     }
 }
 
@@ -55,12 +142,39 @@ pub(crate) fn write(target: &Path, bytes: &[u8]) -> Result<(), FormatError> {
     file.commit()
 }
 
+fn write_pieces(mut file: NamedTempFile, pieces: &Receiver<ByteView>) -> io::Result<NamedTempFile> {
+    let mut at = 0;
+    for piece in pieces {
+        file.write_all(&piece)?;
+        piece.release();
+        if std::env::var_os("NOSFR").is_none() {
+            begin_writing_back(file.as_file(), at, piece.len());
+        }
+        at += piece.len() as u64;
+    }
+    Ok(file)
+}
+
+/// Lets the disk begin with these bytes; systems that cannot be told do it later.
+fn begin_writing_back(file: &File, at: u64, len: usize) {
+    #[cfg(target_os = "linux")]
+    #[allow(unsafe_code, reason = "no crate in use has it")]
+    {
+        use std::os::fd::AsRawFd;
+        let (Ok(at), Ok(len)) = (i64::try_from(at), i64::try_from(len)) else { return };
+        // SAFETY: the descriptor is that of an open file; nothing else is passed. An error changes nothing.
+        let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), at, len, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, at, len);
+}
+
 fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A rename is durable once its directory is. Only Unix can open a directory to sync it.
-fn sync_directory(directory: &Path) -> std::io::Result<()> {
+fn sync_directory(directory: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(directory)?.sync_all() } else { Ok(()) }
 }
 
@@ -75,10 +189,28 @@ mod tests {
         write(&target, b"old").expect("written");
         let mut next = AtomicFile::create(&target, 3).expect("created");
         next.write(b"new").expect("written");
+        next.append(vec![0; 2 * PIECE].into()).expect("written");
         drop(next);
         assert_eq!(fs::read(&target).expect("kept"), b"old");
         assert_eq!(fs::read_dir(dir.path().join("deep")).expect("listed").count(), 1);
         write(&target, b"new").expect("replaced");
         assert_eq!(fs::read(&target).expect("replaced"), b"new");
+    }
+
+    #[test]
+    fn pieces_of_all_sizes_come_in_order() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let target = dir.path().join("file");
+        let mut file = AtomicFile::create(&target, 0).expect("created");
+        let mut wanted = Vec::new();
+        for (i, len) in
+            [3, PIECE, 1, 3 * PIECE + 7, PIECE / 4, 5, PIECE / 4 - 1, 0, 9].into_iter().enumerate()
+        {
+            let piece: Vec<u8> = (0..len).map(|j| (i * 31 + j * 7 + j / 251) as u8).collect();
+            wanted.extend_from_slice(&piece);
+            if i % 2 == 0 { file.write(&piece) } else { file.append(piece.into()) }.expect("written");
+        }
+        file.commit().expect("committed");
+        assert!(fs::read(&target).expect("read") == wanted);
     }
 }

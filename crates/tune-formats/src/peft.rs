@@ -6,11 +6,12 @@
 //! the metadata of the safetensors file, where other readers ignore it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tune_quant::BlockType;
+use tune_quant::{BlockType, ByteView};
 
 use crate::provenance::Provenance;
 use crate::safetensors::{SafetensorsFiles, SafetensorsWriter, TensorSpec};
@@ -62,9 +63,67 @@ pub struct LoraWeights {
     /// Output features.
     pub d_out: usize,
     /// A, `[r, d_in]`, row-major.
-    pub a: Vec<f32>,
+    pub a: Factor,
     /// B, `[d_out, r]`, row-major.
-    pub b: Vec<f32>,
+    pub b: Factor,
+}
+
+/// The values of a matrix of an adapter: in memory, or where they lie in its file. A file of singles, as PEFT writes it, is
+/// never copied, so that what an export holds does not grow with the number of layers.
+#[derive(Clone, Debug)]
+pub enum Factor {
+    /// In memory.
+    Owned(Vec<f32>),
+    /// In a file, as this machine has singles in memory.
+    Mapped(ByteView),
+}
+
+impl Factor {
+    /// The values of blocks of a file.
+    fn stored(block_type: BlockType, bytes: ByteView) -> Self {
+        let in_place = cfg!(target_endian = "little") && bytemuck::try_cast_slice::<u8, f32>(&bytes).is_ok();
+        if block_type == BlockType::F32 && in_place {
+            return Self::Mapped(bytes);
+        }
+        let mut values = vec![0.0; bytes.len() / block_type.block_bytes()];
+        block_type.decode(&bytes, &mut values);
+        Self::Owned(values)
+    }
+
+    /// The values, to be changed; those of a file are copied first.
+    pub fn to_mut(&mut self) -> &mut Vec<f32> {
+        if let Self::Mapped(_) = self {
+            *self = Self::Owned(self.to_vec());
+        }
+        match self {
+            Self::Owned(values) => values,
+            Self::Mapped(_) => unreachable!("copied above"),
+        }
+    }
+}
+
+impl Deref for Factor {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::Owned(values) => values,
+            // alignment and length are checked when it is made
+            Self::Mapped(bytes) => bytemuck::cast_slice(bytes),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Factor {
+    fn from(values: Vec<f32>) -> Self {
+        Self::Owned(values)
+    }
+}
+
+impl PartialEq for Factor {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
 }
 
 impl Default for AdapterConfig {
@@ -218,7 +277,7 @@ pub fn read(directory: &Path) -> Result<Adapter, FormatError> {
                 {
                     // one alpha for all: the rest of a layer's own goes into its matrix
                     let factor = (alpha / raw.lora_alpha) as f32;
-                    lora.b.iter_mut().for_each(|value| *value *= factor);
+                    lora.b.to_mut().iter_mut().for_each(|value| *value *= factor);
                 }
                 loras.insert(path, lora);
             }
@@ -264,8 +323,7 @@ pub fn write(directory: &Path, adapter: &Adapter) -> Result<(), FormatError> {
         }
     }
 
-    let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    metadata.extend(config.provenance.entries().map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let metadata = config.provenance.safetensors_metadata();
     let factors = adapter.layers.iter().flat_map(|(path, lora)| {
         let (a, b) = (format!("{PREFIX}{path}.lora_A.weight"), format!("{PREFIX}{path}.lora_B.weight"));
         [(a, [lora.r, lora.d_in], &lora.a), (b, [lora.d_out, lora.r], &lora.b)]
@@ -351,9 +409,7 @@ impl Factors {
         }
         let values = |name: &str| {
             let (block_type, bytes) = files.data(name).map_err(|error| error.to_string())?;
-            let mut values = vec![0.0; bytes.len() / block_type.block_bytes()];
-            block_type.decode(&bytes, &mut values);
-            Ok::<_, String>(values)
+            Ok::<_, String>(Factor::stored(block_type, bytes))
         };
         Ok(LoraWeights { r, d_in, d_out, a: values(a)?, b: values(b)? })
     }

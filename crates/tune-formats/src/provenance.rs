@@ -1,7 +1,9 @@
 //! Where trained weights come from: what they were trained on, with and by.
 //!
-//! Kept as text under `tune.*` keys, in the metadata of the safetensors file of an adapter and of exported GGUF files.
-//! Other readers skip them.
+//! Kept as text under `tune.*` keys, in the metadata of every safetensors and GGUF file that holds trained weights. Other
+//! readers skip them.
+
+use std::collections::BTreeMap;
 
 use sha2::{Digest as _, Sha256};
 
@@ -26,6 +28,14 @@ impl Provenance {
         let fields =
             [&self.base_digest, &self.template_digest, &self.data_digest, &self.recipe, &self.version];
         KEYS.into_iter().zip(fields).filter_map(|(key, value)| Some((key, value.as_deref()?)))
+    }
+
+    /// The metadata of a safetensors file of weights that have this provenance.
+    pub fn safetensors_metadata(&self) -> BTreeMap<String, String> {
+        // what transformers asks for
+        let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        metadata.extend(self.entries().map(|(key, value)| (key.to_owned(), value.to_owned())));
+        metadata
     }
 
     /// From the metadata of a file.

@@ -237,8 +237,8 @@ fn ranks_and_alphas_of_single_layers_are_read_and_written_as_peft_has_them() {
     let mut mixed = initial.clone();
     let lora = mixed.layers.get_mut(q).expect("q_proj");
     lora.r = 2;
-    lora.a.truncate(2 * lora.d_in);
-    lora.b = (0..2 * lora.d_out).map(|n| n as f32).collect();
+    lora.a.to_mut().truncate(2 * lora.d_in);
+    lora.b = (0..2 * lora.d_out).map(|n| n as f32).collect::<Vec<_>>().into();
     peft::write(dir.path(), &mixed).expect("written");
     assert_eq!(peft::read(dir.path()).expect("read back"), mixed);
     let path = dir.path().join("adapter_config.json");
@@ -250,7 +250,7 @@ fn ranks_and_alphas_of_single_layers_are_read_and_written_as_peft_has_them() {
     fs::write(&path, config.to_string()).expect("written");
     let read = peft::read(dir.path()).expect("read");
     let doubled: Vec<f32> = mixed.layers[v].b.iter().map(|value| 2.0 * value).collect();
-    assert_eq!(read.layers[v].b, doubled);
+    assert_eq!(read.layers[v].b[..], doubled[..]);
     assert_eq!(read.layers[q], mixed.layers[q]);
     assert!((read.config.scale_of(2) - 4.0).abs() < 1e-12, "alpha 8 over rank 2");
 

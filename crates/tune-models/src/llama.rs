@@ -173,7 +173,7 @@ impl Llama {
                     use_rslora: adapter.config.use_rslora,
                     dropout,
                 };
-                let (a, b) = (lora.a.clone(), lora.b.clone());
+                let (a, b) = (lora.a.to_vec(), lora.b.to_vec());
                 linear.adapter =
                     Some(Lora::from_weights(&config, shape, a, b, stream(layer, index), &device));
             }

@@ -180,11 +180,7 @@ impl BlockType {
         !matches!(self, Self::IQ4XS)
     }
 
-    /// Encodes `values` (whole blocks) and appends the bytes to `out`, byte-identical to the reference
-    /// implementation of GGUF without an importance matrix.
-    ///
-    /// A block whose scale exceeds the range of a half stores an infinite scale, as the reference does; who
-    /// writes files checks that the values decode to finite ones.
+    /// Encodes `values` (whole blocks) and appends the bytes to `out`; see [`encode_into`](Self::encode_into).
     ///
     /// # Panics
     ///
@@ -193,7 +189,23 @@ impl BlockType {
     pub fn encode(self, values: &[f32], out: &mut Vec<u8>) {
         let bytes = self.row_bytes(values.len());
         assert!(bytes.is_some(), "{} values are not whole {} blocks", values.len(), self.name());
-        out.reserve(bytes.unwrap_or(0));
+        let start = out.len();
+        out.resize(start + bytes.unwrap_or(0), 0);
+        self.encode_into(values, &mut out[start..]);
+    }
+
+    /// Encodes `values` (whole blocks) into `out`, byte-identical to the reference implementation of GGUF without an
+    /// importance matrix.
+    ///
+    /// A block whose scale exceeds the range of a half stores an infinite scale, as the reference does; who
+    /// writes files checks that the values decode to finite ones.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths do not match, or the type cannot be encoded ([`can_encode`](Self::can_encode)).
+    pub fn encode_into(self, values: &[f32], out: &mut [u8]) {
+        let bytes = self.row_bytes(values.len());
+        assert_eq!(Some(out.len()), bytes, "bytes of {} {} values", values.len(), self.name());
         encode::encode(self, values, out);
     }
 

@@ -47,32 +47,54 @@ pub(crate) fn decode_bf16(bytes: &[u8], out: &mut [f32]) {
 
 #[inline(always)]
 #[allow(clippy::inline_always)]
-pub(crate) fn encode_f32(values: &[f32], out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + 4 * values.len(), 0);
-    for (bytes, v) in out[start..].as_chunks_mut::<4>().0.iter_mut().zip(values) {
+pub(crate) fn encode_f32(values: &[f32], out: &mut [u8]) {
+    for (bytes, v) in out.as_chunks_mut::<4>().0.iter_mut().zip(values) {
         *bytes = v.to_le_bytes();
     }
 }
 
 #[inline(always)]
 #[allow(clippy::inline_always)]
-pub(crate) fn encode_f16(values: &[f32], out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + 2 * values.len(), 0);
-    for (half, &v) in out[start..].as_chunks_mut::<2>().0.iter_mut().zip(values) {
+pub(crate) fn encode_f16(values: &[f32], out: &mut [u8]) {
+    for (half, &v) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
         *half = f32_to_half(v).to_le_bytes();
     }
 }
 
 #[inline(always)]
 #[allow(clippy::inline_always)]
-pub(crate) fn encode_bf16(values: &[f32], out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + 2 * values.len(), 0);
-    for (half, &v) in out[start..].as_chunks_mut::<2>().0.iter_mut().zip(values) {
+pub(crate) fn encode_bf16(values: &[f32], out: &mut [u8]) {
+    for (half, &v) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
         *half = f32_to_bf16(v).to_le_bytes();
     }
+}
+
+/// The largest magnitude of `values`; infinite or not a number where one of them is.
+#[allow(unsafe_code)]
+pub fn largest_magnitude(values: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has the feature that the function enables.
+        return unsafe { largest_magnitude_avx2(values) };
+    }
+    largest_magnitude_anywhere(values)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn largest_magnitude_avx2(values: &[f32]) -> f32 {
+    largest_magnitude_anywhere(values)
+}
+
+/// By integers, which order magnitudes as numbers do, and whose maximum the compiler takes in vectors.
+#[inline(always)]
+#[allow(clippy::inline_always)] // one copy per instruction set
+fn largest_magnitude_anywhere(values: &[f32]) -> f32 {
+    let mut largest = 0;
+    for v in values {
+        largest = largest.max(v.abs().to_bits());
+    }
+    f32::from_bits(largest)
 }
 
 /// Single to half, to nearest with ties to even, without branches so that it vectorises.
@@ -120,6 +142,17 @@ mod tests {
             let (got, want) = (half_to_f32(bits), f16::from_bits(bits).to_f32_const());
             assert_eq!(got.to_bits(), want.to_bits(), "half {bits:#06x}: {got} instead of {want}");
         }
+    }
+
+    #[test]
+    fn the_largest_magnitude_tells_of_what_is_no_number() {
+        let mut values: Vec<f32> = (0..1000).map(|i: u16| f32::from(i % 77) - 50.0).collect();
+        assert_eq!(largest_magnitude(&values).to_bits(), 50.0_f32.to_bits());
+        assert_eq!(largest_magnitude(&[]).to_bits(), 0);
+        values[999] = f32::NEG_INFINITY;
+        assert!(largest_magnitude(&values).is_infinite());
+        values[3] = f32::NAN;
+        assert!(largest_magnitude(&values).is_nan());
     }
 
     /// Around every half and the midpoints between them, and over all exponents.

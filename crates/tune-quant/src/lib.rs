@@ -16,6 +16,7 @@ mod stored;
 
 pub use block_type::BlockType;
 pub use encode::Grid;
+pub use float::largest_magnitude;
 pub use nf4::Nf4;
 pub use simd::{Decoded, InstructionSet};
 pub use stored::{ByteView, RowOrder, SharedBytes, Storage, StoredMatrix};

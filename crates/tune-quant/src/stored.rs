@@ -31,6 +31,15 @@ impl ByteView {
         (range.start <= range.end && range.end <= len).then_some(Self { owner, range })
     }
 
+    /// A part of these bytes, without a copy, or `None` when there are fewer.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.range.len() {
+            return None;
+        }
+        let (start, end) = (self.range.start + range.start, self.range.start + range.end);
+        Some(Self { owner: Arc::clone(&self.owner), range: start..end })
+    }
+
     /// Lets the pages of a mapped file leave memory until they are read again.
     pub fn release(&self) {
         self.owner.release(self.range.clone());

@@ -95,7 +95,7 @@ pub(crate) fn trained_adapter(model: &mut Llama, spec: &RunSpec, provenance: Pro
         .map(|slot| {
             let ([r, d_in], [d_out, _]) = (slot.adapter.a.dims(), slot.adapter.b.dims());
             let (a, b) = (values(&slot.adapter.a), values(&slot.adapter.b));
-            (slot.path, peft::LoraWeights { r, d_in, d_out, a, b })
+            (slot.path, peft::LoraWeights { r, d_in, d_out, a: a.into(), b: b.into() })
         })
         .collect();
     let target_modules: BTreeSet<String> =

@@ -86,6 +86,8 @@ pub struct Outcome {
     pub steps: usize,
     /// The trained model.
     pub model: Llama,
+    /// What its weights come from.
+    pub provenance: Provenance,
 }
 
 /// Trains adapters over a frozen base, or all weights.
@@ -217,11 +219,12 @@ pub fn sft(setup: &Setup<'_>, on_event: &mut dyn FnMut(Event)) -> Result<Outcome
         let path = save(setup, &state, &mut model, &adam)?;
         on_event(Event::Saved { path });
     }
+    let provenance = provenance(setup)?;
     if finish == Finish::Completed && spec.adapter.method != Method::Full {
-        let adapter = trained_adapter(&mut model, spec, provenance(setup)?);
+        let adapter = trained_adapter(&mut model, spec, provenance.clone());
         peft::write(&folder.adapter(), &adapter)?;
     }
-    Ok(Outcome { finish, steps: state.step, model })
+    Ok(Outcome { finish, steps: state.step, model, provenance })
 }
 
 /// How a run holds its frozen weights.

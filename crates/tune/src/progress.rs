@@ -7,6 +7,29 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::json;
 use tune_train::{Event, StepMetrics};
 
+use crate::proof::Step;
+
+/// A bar over `what` for a person at a terminal, and nothing for others.
+pub fn bar(what: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template(&format!("{{msg:9}} {{wide_bar}} {{pos}}/{{len}} {what}"));
+    ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Shows how far the proof of an artefact is.
+pub fn show_proof(bar: &ProgressBar, step: Step) {
+    let (message, done, all) = match step {
+        Step::Weights { done, tensors } => ("weights", done, tensors),
+        Step::Answers { done, batches } => ("answers", done, batches),
+        Step::Engine => ("llama.cpp", 0, 1),
+    };
+    bar.set_message(message);
+    bar.set_length(all as u64);
+    bar.set_position(done as u64);
+}
+
 /// Who reads along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {

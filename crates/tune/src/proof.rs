@@ -59,8 +59,19 @@ enum Artefact {
     Adapter(Box<Adapter>),
 }
 
+/// What is done while an artefact is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// So many tensors are compared with base and adapter.
+    Weights { done: usize, tensors: usize },
+    /// So many batches of held-out rows are answered.
+    Answers { done: usize, batches: usize },
+    /// Another program runs the file.
+    Engine,
+}
+
 /// Reads `path` as a model and holds it against the trained one. `merged_onto` is the base of a merged model, where it
-/// is not the one that training used; `engines` are the other programs to run it in.
+/// is not the one that training used; `llama_server` is another program to run it in.
 ///
 /// # Errors
 /// An artefact that cannot be read as a model over this base.
@@ -69,6 +80,7 @@ pub fn prove(
     trained: &Trained<'_>,
     merged_onto: Option<&BaseModel>,
     llama_server: Option<&Path>,
+    progress: &dyn Fn(Step),
 ) -> Result<Proof> {
     let artefact = open(path, trained)?;
     let mut problems = Vec::new();
@@ -76,7 +88,9 @@ pub fn prove(
         Artefact::Model(found) => {
             problems.extend(dialogue_problems(found, trained));
             let base = merged_onto.unwrap_or(trained.base);
-            let checks = check_weights(base, trained.adapter, found, &mut |_, _| ())?;
+            let checks = check_weights(base, trained.adapter, found, &mut |done, tensors| {
+                progress(Step::Weights { done, tensors });
+            })?;
             problems.extend(checks.iter().filter_map(WeightCheck::problem));
             let model = tune_models::load(found, Quantization::Keep, &Device::flex())?;
             (coarsest_type(found)?, model, worst(&checks))
@@ -84,7 +98,9 @@ pub fn prove(
         Artefact::Adapter(adapter) => ("adapter".to_owned(), over_base(adapter, trained)?, None),
     };
     let mut agreement = Agreement::default();
-    for batch in &trained.held_out.batches {
+    let batches = &trained.held_out.batches;
+    for (done, batch) in batches.iter().enumerate() {
+        progress(Step::Answers { done, batches: batches.len() });
         agreement += compare(&trained.model, &model, batch);
     }
     let is_sound = problems.is_empty();
@@ -94,6 +110,7 @@ pub fn prove(
     let engines = match llama_server.filter(|_| is_gguf(path)) {
         None => Vec::new(),
         Some(program) => {
+            progress(Step::Engine);
             let over = matches!(artefact, Artefact::Adapter(_)).then(|| gguf_of(trained.base)).flatten();
             let found = engines::llama_cpp(
                 program,

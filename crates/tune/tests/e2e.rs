@@ -277,7 +277,10 @@ fn synthetic_adapter(base: &Path) -> Adapter {
                 _ => 8,
             };
             let (a, b) = (wave(r * d_in, 7 * layer + i, 0.7), wave(d_out * r, 5 * layer + i, 1.3));
-            layers.insert(ModelConfig::linear_path(layer, name), LoraWeights { r, d_in, d_out, a, b });
+            layers.insert(
+                ModelConfig::linear_path(layer, name),
+                LoraWeights { r, d_in, d_out, a: a.into(), b: b.into() },
+            );
         }
     }
     let config = AdapterConfig { r: 8, lora_alpha: 16.0, use_rslora: true, ..AdapterConfig::default() };

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use assert_cmd::cargo::CommandCargoExt;
 use tempfile::TempDir;
 use tune_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec};
+use tune_formats::provenance::Provenance;
+use tune_formats::safetensors::SafetensorsFiles;
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/models/llama-tied")
@@ -182,10 +184,28 @@ fn a_run_of_all_weights_generates_and_is_exported() {
     let answer = |model: &str| stdout(&run(folder, &["generate", model, "-p", "count from 3", "-n", "8"]));
     assert_eq!(answer("run/model"), answer("run"));
     for (target, out) in [("safetensors", "copy"), ("gguf:f32", "copy.gguf")] {
-        run(folder, &["export", "run", "--to", target, "--out", out]);
+        let told = run(folder, &["export", "run", "--to", target, "--out", out]);
+        assert!(!String::from_utf8_lossy(&told.stderr).contains("other weights"), "{target}: {told:?}");
         assert_eq!(answer(out), answer("run"), "{target}");
         assert!((loss(out) - after).abs() < 1e-6, "{target}: {} and {after}", loss(out));
     }
+
+    // All three say what they come from, as adapters do.
+    let safetensors = |folder: &Path| {
+        let files = SafetensorsFiles::open_directory(folder).expect("safetensors");
+        Provenance::read(|key| files.metadata().get(key).cloned())
+    };
+    let gguf = GgufFile::open(&folder.join("copy.gguf")).expect("a GGUF file");
+    let of_gguf = Provenance::read(|key| gguf.metadata().string(key).map(str::to_owned));
+    let base = tune_formats::open(&model()).expect("the base");
+    assert_eq!(of_gguf.base_digest, Some(base.digest().expect("a digest")));
+    assert!(
+        of_gguf.recipe.as_deref().is_some_and(|recipe| recipe.contains("train.learning_rate")),
+        "{of_gguf:?}"
+    );
+    assert!(of_gguf.data_digest.is_some() && of_gguf.version.is_some(), "{of_gguf:?}");
+    assert_eq!(safetensors(&folder.join("run/model")), of_gguf);
+    assert_eq!(safetensors(&folder.join("copy")), of_gguf);
 
     for adapter in ["gguf-lora", "peft"] {
         let refused = tune(folder, &["export", "run", "--to", adapter]).output().expect("tune runs");

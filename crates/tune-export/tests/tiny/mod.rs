@@ -34,8 +34,10 @@ pub fn adapter(config: &ModelConfig) -> Adapter {
 }
 
 pub fn lora(seed: usize, d_out: usize, d_in: usize) -> LoraWeights {
-    let wave = |n: usize, step: f32| (0..n).map(|i| 0.02 * ((i + 13 * seed) as f32 * step).sin()).collect();
-    LoraWeights { r: RANK, d_in, d_out, a: wave(RANK * d_in, 0.7), b: wave(d_out * RANK, 1.3) }
+    let wave = |n: usize, step: f32| {
+        (0..n).map(|i| 0.02 * ((i + 13 * seed) as f32 * step).sin()).collect::<Vec<f32>>()
+    };
+    LoraWeights { r: RANK, d_in, d_out, a: wave(RANK * d_in, 0.7).into(), b: wave(d_out * RANK, 1.3).into() }
 }
 
 pub fn tempdir() -> tempfile::TempDir {

@@ -78,8 +78,8 @@ fn pair(
     }
     let stored = values(file, b)?;
     let rows = (0..d_out).map(|row| order.stored_row(row));
-    let b = rows.flat_map(|row| &stored[row * r..(row + 1) * r]).copied().collect();
-    Ok(LoraWeights { r, d_in, d_out, a: values(file, a)?, b })
+    let b: Vec<f32> = rows.flat_map(|row| &stored[row * r..(row + 1) * r]).copied().collect();
+    Ok(LoraWeights { r, d_in, d_out, a: values(file, a)?.into(), b: b.into() })
 }
 
 fn values(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>, FormatError> {
@@ -94,12 +94,12 @@ fn fill_up(lora: &mut LoraWeights, r: usize) {
         return;
     }
     let factor = r as f32 / lora.r as f32;
-    lora.a.resize(r * lora.d_in, 0.0);
+    lora.a.to_mut().resize(r * lora.d_in, 0.0);
     let mut b = vec![0.0; lora.d_out * r];
     for (wide, narrow) in b.chunks_exact_mut(r).zip(lora.b.chunks_exact(lora.r)) {
         wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = factor * narrow);
     }
-    (lora.r, lora.b) = (r, b);
+    (lora.r, lora.b) = (r, b.into());
 }
 
 #[cfg(test)]
@@ -108,7 +108,8 @@ mod tests {
 
     #[test]
     fn a_smaller_rank_is_filled_up_without_changing_the_update() {
-        let mut lora = LoraWeights { r: 1, d_in: 2, d_out: 2, a: vec![1.0, 2.0], b: vec![3.0, 4.0] };
+        let mut lora =
+            LoraWeights { r: 1, d_in: 2, d_out: 2, a: vec![1.0, 2.0].into(), b: vec![3.0, 4.0].into() };
         fill_up(&mut lora, 2);
         assert_eq!(
             (lora.r, &lora.a[..], &lora.b[..]),

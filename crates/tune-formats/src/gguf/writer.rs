@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use tune_quant::BlockType;
+use tune_quant::{BlockType, ByteView};
 
 use super::{Array, Metadata, Value, reader::alignment};
 use crate::FormatError;
@@ -81,32 +81,20 @@ impl GgufWriter {
     /// # Errors
     /// Another tensor's turn, more bytes than the tensor has, or a file that cannot be written.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        let Some((tensor, size)) = self.tensors.get(self.current) else {
-            return Err(FormatError::unwritable(
-                &self.path,
-                format!("tensor {name} comes after the last one"),
-            ));
-        };
-        if tensor.name != name {
-            let reason = format!("tensor {name} comes before {} is complete", tensor.name);
-            return Err(FormatError::unwritable(&self.path, reason));
-        }
-        if bytes.len() > size - self.written {
-            let got = self.written.saturating_add(bytes.len());
-            let reason = format!("tensor {name} has {got} bytes, expected {size}");
-            return Err(FormatError::unwritable(&self.path, reason));
-        }
+        self.check(name, bytes.len())?;
         self.file.write(bytes)?;
-        self.written += bytes.len();
-        if self.written == *size {
-            let padding = size.next_multiple_of(self.alignment) - size;
-            for chunk in std::iter::repeat_n(0, padding).collect::<Vec<u8>>().chunks(4096) {
-                self.file.write(chunk)?;
-            }
-            self.current += 1;
-            self.written = 0;
-        }
-        Ok(())
+        self.advance(bytes.len())
+    }
+
+    /// As [`write`](Self::write), without a copy.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn append(&mut self, name: &str, bytes: ByteView) -> Result<(), FormatError> {
+        let len = bytes.len();
+        self.check(name, len)?;
+        self.file.append(bytes)?;
+        self.advance(len)
     }
 
     /// Makes the file durable and puts it in its place.
@@ -121,6 +109,41 @@ impl GgufWriter {
                 Err(FormatError::unwritable(&self.path, reason))
             }
         }
+    }
+
+    /// Whether the next `len` bytes may be those of tensor `name`.
+    fn check(&self, name: &str, len: usize) -> Result<(), FormatError> {
+        let Some((tensor, size)) = self.tensors.get(self.current) else {
+            return Err(FormatError::unwritable(
+                &self.path,
+                format!("tensor {name} comes after the last one"),
+            ));
+        };
+        if tensor.name != name {
+            let reason = format!("tensor {name} comes before {} is complete", tensor.name);
+            return Err(FormatError::unwritable(&self.path, reason));
+        }
+        if len > size - self.written {
+            let got = self.written.saturating_add(len);
+            let reason = format!("tensor {name} has {got} bytes, expected {size}");
+            return Err(FormatError::unwritable(&self.path, reason));
+        }
+        Ok(())
+    }
+
+    /// Counts `len` bytes, and fills up after the last of a tensor.
+    fn advance(&mut self, len: usize) -> Result<(), FormatError> {
+        let Some((_, size)) = self.tensors.get(self.current) else { return Ok(()) };
+        self.written += len;
+        if self.written == *size {
+            let padding = size.next_multiple_of(self.alignment) - size;
+            for chunk in std::iter::repeat_n(0, padding).collect::<Vec<u8>>().chunks(4096) {
+                self.file.write(chunk)?;
+            }
+            self.current += 1;
+            self.written = 0;
+        }
+        Ok(())
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ::safetensors::Dtype;
 use ::safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value, json};
-use tune_quant::BlockType;
+use tune_quant::{BlockType, ByteView};
 
 use super::{INDEX, SINGLE, dtype};
 use crate::FormatError;
@@ -127,20 +127,24 @@ impl SafetensorsWriter {
     /// # Errors
     /// Another tensor's turn, more bytes than the tensor has, or a file that cannot be written.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        let reason = match self.pending.front() {
-            Some((next, _)) if next != name => format!("tensor {name} comes before {next} is complete"),
-            Some((_, size)) if bytes.len() > size - self.written => {
-                format!("tensor {name} has {} bytes, expected {size}", self.written + bytes.len())
-            }
-            None if !bytes.is_empty() => format!("tensor {name} comes after the last one"),
-            _ => {
-                self.file.write(bytes)?;
-                self.written += bytes.len();
-                self.skip_complete();
-                return Ok(());
-            }
-        };
-        Err(FormatError::unwritable(&self.path, reason))
+        self.check(name, bytes.len())?;
+        self.file.write(bytes)?;
+        self.written += bytes.len();
+        self.skip_complete();
+        Ok(())
+    }
+
+    /// As [`write`](Self::write), without a copy.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn append(&mut self, name: &str, bytes: ByteView) -> Result<(), FormatError> {
+        let len = bytes.len();
+        self.check(name, len)?;
+        self.file.append(bytes)?;
+        self.written += len;
+        self.skip_complete();
+        Ok(())
     }
 
     /// Makes the file durable and puts it in its place.
@@ -155,6 +159,19 @@ impl SafetensorsWriter {
                 Err(FormatError::unwritable(&self.path, reason))
             }
         }
+    }
+
+    /// Whether the next `len` bytes may be those of tensor `name`.
+    fn check(&self, name: &str, len: usize) -> Result<(), FormatError> {
+        let reason = match self.pending.front() {
+            Some((next, _)) if next != name => format!("tensor {name} comes before {next} is complete"),
+            Some((_, size)) if len > size - self.written => {
+                format!("tensor {name} has {} bytes, expected {size}", self.written + len)
+            }
+            None if len > 0 => format!("tensor {name} comes after the last one"),
+            _ => return Ok(()),
+        };
+        Err(FormatError::unwritable(&self.path, reason))
     }
 
     /// Moves on to the first tensor that still needs bytes.
@@ -172,14 +189,21 @@ pub struct ShardedWriter {
     shards: VecDeque<(PathBuf, Vec<TensorSpec>)>,
     open: Option<SafetensorsWriter>,
     index: Option<Value>,
+    /// Of every file.
+    metadata: BTreeMap<String, String>,
 }
 
 impl ShardedWriter {
-    /// Plans files of at most `max_bytes` of tensors each (a larger tensor gets a file of its own).
+    /// Plans files of at most `max_bytes` of tensors each (a larger tensor gets a file of its own), each with `metadata`.
     ///
     /// # Errors
     /// What the format cannot express, or a file that cannot be written.
-    pub fn create(directory: &Path, tensors: &[TensorSpec], max_bytes: usize) -> Result<Self, FormatError> {
+    pub fn create(
+        directory: &Path,
+        metadata: &BTreeMap<String, String>,
+        tensors: &[TensorSpec],
+        max_bytes: usize,
+    ) -> Result<Self, FormatError> {
         let mut shards: Vec<Vec<TensorSpec>> = Vec::new();
         let (mut filled, mut total) = (usize::MAX, 0_usize);
         for tensor in tensors {
@@ -207,23 +231,24 @@ impl ShardedWriter {
             json!({ "metadata": { "total_size": total }, "weight_map": map })
         });
         let shards = (1..).zip(shards).map(|(number, shard)| (directory.join(name(number)), shard)).collect();
-        let mut writer = Self { directory: directory.to_owned(), shards, open: None, index };
+        let metadata = metadata.clone();
+        let mut writer = Self { directory: directory.to_owned(), shards, open: None, index, metadata };
         writer.advance()?;
         Ok(writer)
     }
 
-    /// Appends bytes of tensor `name`, in the order of the list; see [`SafetensorsWriter::write`].
+    /// Appends bytes of tensor `name`, in the order of the list; see [`SafetensorsWriter::append`].
     ///
     /// # Errors
-    /// As [`SafetensorsWriter::write`].
-    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
+    /// As [`SafetensorsWriter::append`].
+    pub fn append(&mut self, name: &str, bytes: ByteView) -> Result<(), FormatError> {
         let Some(open) = &mut self.open else {
             return Err(FormatError::unwritable(
                 &self.directory,
                 format!("tensor {name} comes after the last one"),
             ));
         };
-        open.write(name, bytes)?;
+        open.append(name, bytes)?;
         if open.pending.is_empty() { self.advance() } else { Ok(()) }
     }
 
@@ -247,8 +272,7 @@ impl ShardedWriter {
             open.finish()?;
         }
         if let Some((path, tensors)) = self.shards.pop_front() {
-            let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-            self.open = Some(SafetensorsWriter::create(&path, &metadata, &tensors)?);
+            self.open = Some(SafetensorsWriter::create(&path, &self.metadata, &tensors)?);
         }
         Ok(())
     }
@@ -316,9 +340,9 @@ mod tests {
     fn shards_hold_at_most_their_share() -> Result<(), FormatError> {
         let dir = tempfile::tempdir().expect("temporary directory");
         let tensors = ["a", "b", "c"].map(|name| spec(name, &[2, 4], BlockType::F32));
-        let mut writer = ShardedWriter::create(dir.path(), &tensors, 64)?;
+        let mut writer = ShardedWriter::create(dir.path(), &BTreeMap::new(), &tensors, 64)?;
         for (byte, tensor) in (0..).zip(&tensors) {
-            writer.write(&tensor.name, &[byte; 32])?;
+            writer.append(&tensor.name, vec![byte; 32].into())?;
         }
         writer.finish()?;
         assert!(dir.path().join("model-00002-of-00002.safetensors").exists());

@@ -15,8 +15,8 @@ static LEVELS: Levels = Levels::new(NON_LINEAR);
 /// The scale is searched: trial t maps the value of largest magnitude to t more than the first level, and the fit with
 /// the least error, values weighted by their squares, wins. Codes are chosen with the scale before it is rounded.
 #[inline(always)]
-pub(super) fn encode_iq4_nl<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
-    for values in values.chunks(TOTAL) {
+pub(super) fn encode_iq4_nl<L: Lanes>(values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.chunks(TOTAL).zip(out.chunks_mut(SIDE_BY_SIDE * 18)) {
         let x = columns::<L, LEN>(values);
         let count = values.len() / LEN;
         let mut scales = Column::ZERO;
@@ -69,9 +69,9 @@ fn level_fit<L: Lanes>(x: &Columns<LEN>, at: usize, inverse: L) -> (L, L) {
 /// The exponent is that of the largest magnitude; a code's magnitude is the number of midpoints between the levels
 /// that the value exceeds, so that a value on a midpoint goes to the smaller level.
 #[inline(always)]
-pub(super) fn encode_mxfp4<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_mxfp4<L: Lanes>(values: &[f32], out: &mut [u8]) {
     const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
-    for values in values.chunks(TOTAL) {
+    for (values, out) in values.chunks(TOTAL).zip(out.chunks_mut(SIDE_BY_SIDE * 17)) {
         let x = columns::<L, LEN>(values);
         let count = values.len() / LEN;
         let mut magnitudes = Column::ZERO;

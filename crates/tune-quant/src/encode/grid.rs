@@ -137,13 +137,11 @@ fn put_codes(block_type: BlockType, codes: &[u8], block: &mut [u8]) {
         }
         BlockType::Q2K => put_bit_pairs(of_256(codes), &mut block[16..80]),
         BlockType::Q3K => {
-            block[..32].fill(0);
             put_top_bits(of_256(codes), 2, &mut block[..32]);
             put_bit_pairs(of_256(codes), &mut block[32..96]);
         }
         BlockType::Q4K => put_nibble_pairs(of_256(codes), &mut block[16..]),
         BlockType::Q5K => {
-            block[16..48].fill(0);
             put_top_bits(of_256(codes), 4, &mut block[16..48]);
             put_nibble_pairs(of_256(codes), &mut block[48..]);
         }

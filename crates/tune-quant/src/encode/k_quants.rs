@@ -14,9 +14,11 @@ use crate::float::rounded_to_half;
 const LEN: usize = 256;
 /// Values that are searched together in Q4_K and Q5_K: two super-blocks.
 const PAIR: usize = 2 * LEN;
+/// Super-blocks that are searched together in Q3_K.
+const SETS: usize = 4;
 
 #[inline(always)]
-pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut [u8]) {
     const MAX_CODE: f32 = 3.0;
     let trials = Trials { max_code: MAX_CODE, first: -0.5, count: 15, absolute: true };
     for (values, block) in blocks::<LEN, 84>(values, out) {
@@ -45,17 +47,20 @@ pub(super) fn encode_q2_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q3_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
-    for pair in values.chunks(PAIR) {
-        let (first, second) = pair.split_at(LEN);
-        let x = [columns::<L, 16>(first), columns::<L, 16>(second)];
-        let (mut scales, mut codes) = ([Column::ZERO; 2], [[Column::ZERO; 16]; 2]);
-        for at in vectors::<L>(16) {
-            let found: [L; 2] = one_by_one(&x, at, &mut codes);
-            found[0].store(&mut scales[0], at);
-            found[1].store(&mut scales[1], at);
+pub(super) fn encode_q3_k<L: Lanes>(values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.chunks(SETS * LEN).zip(out.chunks_mut(SETS * 110)) {
+        let (mut x, mut codes) = ([[Column::ZERO; 16]; SETS], [[Column::ZERO; 16]; SETS]);
+        for (x, values) in x.iter_mut().zip(values.chunks(LEN)) {
+            *x = columns::<L, 16>(values);
         }
-        for (part, (_, block)) in blocks::<LEN, 110>(pair, out).enumerate() {
+        let mut scales = [Column::ZERO; SETS];
+        for at in vectors::<L>(16) {
+            let found: [L; SETS] = one_by_one(&x, at, &mut codes);
+            for (scales, found) in scales.iter_mut().zip(found) {
+                found.store(scales, at);
+            }
+        }
+        for (part, (_, block)) in blocks::<LEN, 110>(values, out).enumerate() {
             finish_q3_k::<L>(&x[part], &scales[part].0, &codes[part], block);
         }
     }
@@ -103,9 +108,9 @@ fn finish_q3_k<L: Lanes>(x: &Columns<16>, scales: &[f32; 16], codes: &Columns<16
 }
 
 #[inline(always)]
-pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], out: &mut [u8]) {
     let trials = Trials { max_code: 15.0, first: -1.0, count: 20, absolute: false };
-    for pair in values.chunks(PAIR) {
+    for (pair, out) in values.chunks(PAIR).zip(out.chunks_mut(2 * 144)) {
         let (heads, codes) = encode_pair::<L>(pair, trials);
         for (part, (_, block)) in blocks::<LEN, 144>(pair, out).enumerate() {
             block[..16].copy_from_slice(&heads[part]);
@@ -115,9 +120,9 @@ pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], out: &mut [u8]) {
     let trials = Trials { max_code: 31.0, first: -0.5, count: 15, absolute: false };
-    for pair in values.chunks(PAIR) {
+    for (pair, out) in values.chunks(PAIR).zip(out.chunks_mut(2 * 176)) {
         let (heads, codes) = encode_pair::<L>(pair, trials);
         for (part, (_, block)) in blocks::<LEN, 176>(pair, out).enumerate() {
             let codes = &codes.as_chunks().0[part];
@@ -129,7 +134,7 @@ pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
+pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut [u8]) {
     const HALF: f32 = 32.0;
     for (values, block) in blocks::<LEN, 210>(values, out) {
         let x = columns::<L, 16>(values);
@@ -142,7 +147,8 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
         }
         let largest = largest_scale(&scales.0);
         if largest.abs() < TINY {
-            continue; // the block is zeros already
+            block.fill(0);
+            continue;
         }
         let inverse = -128.0 / largest;
         let d = rounded_to_half(1.0 / inverse);
@@ -341,6 +347,7 @@ pub(super) fn put_nibble_pairs(q: &[u8; LEN], to: &mut [u8]) {
 /// The bit of value 2^`bit`, the highest of a code: that of `v = 32b + l` is bit `b` of byte `l`.
 #[inline(always)]
 pub(super) fn put_top_bits(q: &[u8; LEN], bit: u32, to: &mut [u8]) {
+    to.fill(0);
     for (b, q) in q.as_chunks::<32>().0.iter().enumerate() {
         for (byte, q) in to.iter_mut().zip(q) {
             *byte |= q >> bit << b;

@@ -37,10 +37,14 @@ pub(super) trait Lanes:
     /// Lanes `at..at + LANES` of a column.
     fn load(column: &Column, at: usize) -> Self;
     fn store(self, column: &mut Column, at: usize);
-    /// Stores numbers from 0 to 255 as bytes.
+    /// Stores the integers of numbers from −128 to 255, truncated, as bytes.
     fn store_bytes(self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize);
+    /// Stores the low four bits of the integers of numbers from 0 to 255, truncated: `low` in low nibbles, `high` in high
+    /// ones.
+    fn store_nibbles(low: Self, high: Self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize);
 
     fn abs(self) -> Self;
+    fn with_sign_of(self, other: Self) -> Self;
     fn sqrt(self) -> Self;
     fn min(self, other: Self) -> Self;
     fn max(self, other: Self) -> Self;
@@ -48,9 +52,6 @@ pub(super) trait Lanes:
     fn round(self) -> Self;
     /// As [`round`](Self::round), and for all other numbers what [`nearest_int`] says.
     fn nearest_int(self) -> Self;
-
-    /// To the integer next to it on the side of zero; the number is below 2^31 in magnitude.
-    fn trunc(self) -> Self;
 
     fn less(self, other: Self) -> Self::Mask;
     fn equal(self, other: Self) -> Self::Mask;
@@ -154,12 +155,24 @@ impl Lanes for Portable {
 
     #[inline(always)]
     fn store_bytes(self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize) {
-        bytes[at..at + 8].copy_from_slice(&self.0.map(|v| v as u8));
+        bytes[at..at + 8].copy_from_slice(&self.0.map(|v| v as i32 as u8));
+    }
+
+    #[inline(always)]
+    fn store_nibbles(low: Self, high: Self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize) {
+        for (i, byte) in bytes[at..at + 8].iter_mut().enumerate() {
+            *byte = low.0[i] as u8 & 15 | (high.0[i] as u8) << 4;
+        }
     }
 
     #[inline(always)]
     fn abs(self) -> Self {
         Self(self.0.map(f32::abs))
+    }
+
+    #[inline(always)]
+    fn with_sign_of(self, other: Self) -> Self {
+        self.zip(other, f32::copysign)
     }
 
     #[inline(always)]
@@ -185,11 +198,6 @@ impl Lanes for Portable {
     #[inline(always)]
     fn nearest_int(self) -> Self {
         Self(self.0.map(|v| nearest_int(v) as f32))
-    }
-
-    #[inline(always)]
-    fn trunc(self) -> Self {
-        Self(self.0.map(|v| v as i32 as f32))
     }
 
     #[inline(always)]

@@ -10,7 +10,9 @@ use std::ops::{Add, Div, Mul, Sub};
 use super::lanes::{Column, Lanes, Levels, ROUNDING, SIDE_BY_SIDE};
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-const TOWARDS_ZERO: i32 = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+
+/// 2^23: the integer n below it is the low bits of 2^23 + n.
+const TO_LOW_BITS: f32 = 8_388_608.0;
 
 /// Eight lanes; needs AVX2.
 #[derive(Clone, Copy)]
@@ -69,17 +71,29 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     fn store_bytes(self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize) {
-        let lanes: &mut [u8] = &mut bytes[at..at + Self::LANES];
+        unsafe { store_low_bytes(_mm256_cvttps_epi32(self.0), &mut bytes[at..at + Self::LANES]) }
+    }
+
+    #[inline(always)]
+    fn store_nibbles(low: Self, high: Self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize) {
         unsafe {
-            let ints = _mm256_cvttps_epi32(self.0);
-            let halves = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256::<1>(ints));
-            _mm_storel_epi64(lanes.as_mut_ptr().cast(), _mm_packus_epi16(halves, halves));
+            let low = _mm256_and_si256(_mm256_cvttps_epi32(low.0), _mm256_set1_epi32(15));
+            let high = _mm256_slli_epi32::<4>(_mm256_cvttps_epi32(high.0));
+            store_low_bytes(_mm256_or_si256(low, high), &mut bytes[at..at + Self::LANES]);
         }
     }
 
     #[inline(always)]
     fn abs(self) -> Self {
         Self(unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), self.0) })
+    }
+
+    #[inline(always)]
+    fn with_sign_of(self, other: Self) -> Self {
+        Self(unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            _mm256_or_ps(_mm256_andnot_ps(sign, self.0), _mm256_and_ps(sign, other.0))
+        })
     }
 
     #[inline(always)]
@@ -104,16 +118,12 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     fn nearest_int(self) -> Self {
-        let sum = self + Self::splat(ROUNDING);
-        Self(unsafe {
-            let low = _mm256_and_si256(_mm256_castps_si256(sum.0), _mm256_set1_epi32(0x007F_FFFF));
-            _mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(0x0040_0000)))
-        })
-    }
-
-    #[inline(always)]
-    fn trunc(self) -> Self {
-        Self(unsafe { _mm256_round_ps::<TOWARDS_ZERO>(self.0) })
+        let bits = (self + Self::splat(ROUNDING)).0;
+        let in_place = Self(unsafe {
+            let low = _mm256_and_ps(bits, _mm256_castsi256_ps(_mm256_set1_epi32(0x007F_FFFF)));
+            _mm256_or_ps(low, _mm256_set1_ps(TO_LOW_BITS))
+        });
+        in_place - Self::splat(ROUNDING)
     }
 
     #[inline(always)]
@@ -185,6 +195,33 @@ impl Lanes for Avx2 {
     }
 }
 
+/// The bits of `a` where those of `mask` are set, else those of `b`.
+///
+/// # Safety
+/// The processor has AVX-512F.
+#[inline(always)]
+#[allow(unsafe_code, clippy::inline_always)]
+unsafe fn by_bits(mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the caller vouches for the processor.
+    unsafe { _mm512_ternarylogic_epi32::<0xCA>(mask, a, b) }
+}
+
+/// Stores the lowest byte of each of eight integers.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+#[allow(unsafe_code, clippy::inline_always)]
+unsafe fn store_low_bytes(integers: __m256i, bytes: &mut [u8]) {
+    let bytes: &mut [u8] = &mut bytes[..Avx2::LANES];
+    // SAFETY: eight bytes go into a slice of eight.
+    unsafe {
+        let low = _mm256_and_si256(integers, _mm256_set1_epi32(255));
+        let halves = _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256::<1>(low));
+        _mm_storel_epi64(bytes.as_mut_ptr().cast(), _mm_packus_epi16(halves, halves));
+    }
+}
+
 /// The halves of a table.
 ///
 /// # Safety
@@ -235,8 +272,27 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn store_nibbles(low: Self, high: Self, bytes: &mut [u8; SIDE_BY_SIDE], at: usize) {
+        let lanes: &mut [u8] = &mut bytes[at..at + Self::LANES];
+        unsafe {
+            let low = _mm512_and_si512(_mm512_cvttps_epi32(low.0), _mm512_set1_epi32(15));
+            let high = _mm512_slli_epi32::<4>(_mm512_cvttps_epi32(high.0));
+            let narrow = _mm512_cvtepi32_epi8(_mm512_or_si512(low, high));
+            _mm_storeu_si128(lanes.as_mut_ptr().cast(), narrow);
+        }
+    }
+
+    #[inline(always)]
     fn abs(self) -> Self {
         Self(unsafe { _mm512_abs_ps(self.0) })
+    }
+
+    #[inline(always)]
+    fn with_sign_of(self, other: Self) -> Self {
+        Self(unsafe {
+            let (sign, magnitude) = (_mm512_castps_si512(other.0), _mm512_castps_si512(self.0));
+            _mm512_castsi512_ps(by_bits(_mm512_set1_epi32(i32::MIN), sign, magnitude))
+        })
     }
 
     #[inline(always)]
@@ -261,16 +317,13 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     fn nearest_int(self) -> Self {
-        let sum = self + Self::splat(ROUNDING);
-        Self(unsafe {
-            let low = _mm512_and_si512(_mm512_castps_si512(sum.0), _mm512_set1_epi32(0x007F_FFFF));
-            _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(0x0040_0000)))
-        })
-    }
-
-    #[inline(always)]
-    fn trunc(self) -> Self {
-        Self(unsafe { _mm512_roundscale_ps::<TOWARDS_ZERO>(self.0) })
+        let bits = (self + Self::splat(ROUNDING)).0;
+        let in_place = Self(unsafe {
+            let (bits, exponent) =
+                (_mm512_castps_si512(bits), _mm512_castps_si512(_mm512_set1_ps(TO_LOW_BITS)));
+            _mm512_castsi512_ps(by_bits(_mm512_set1_epi32(0x007F_FFFF), bits, exponent))
+        });
+        in_place - Self::splat(ROUNDING)
     }
 
     #[inline(always)]

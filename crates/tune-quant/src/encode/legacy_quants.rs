@@ -1,127 +1,168 @@
 //! Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 from values. Codes are chosen with the scale before it is rounded to half.
 //!
-//! Q4_0, Q5_0 and Q8_0 one block at a time: nothing is summed, so the compiler may take the values of a block in any
-//! order. Comparisons are made on integers for the same reason. Q4_1 and Q5_1, which cost ggml the least, sixteen blocks at
-//! a time: each gets its lane for the range, and for the codes the whole vector.
+//! Sixteen blocks at a time: each has its lane while scales are found, and whole vectors for its codes. Nothing is
+//! summed, so the values of a block may be taken in any order.
 //!
 //! Codes of a block whose scale is so small that its inverse overflows are zeros.
 #![allow(clippy::inline_always)] // one copy per instruction set
 
 use super::lanes::{Column, Lanes, SIDE_BY_SIDE};
-use super::{blocks, put_half, put_nibbles, vectors};
+use super::vectors;
 use crate::float::f32_to_half;
 
 const LEN: usize = 32;
-/// 2^23: added to an integer below it, it leaves that integer in the low bits.
-const TO_LOW_BITS: f32 = 8_388_608.0;
+/// The largest number below 0.5: added to a magnitude, it leaves one that is truncated to the nearest integer, halves
+/// to the larger.
+const BELOW_HALF: f32 = 0.5_f32.next_down();
 
 #[inline(always)]
-pub(super) fn encode_q4_0(values: &[f32], out: &mut Vec<u8>) {
-    for (x, block) in blocks::<LEN, 18>(values, out) {
-        let (d, codes) = centred_codes(x, 16.0);
-        put_half(d, &mut block[..2]);
-        put_nibbles(&codes, &mut block[2..]);
-    }
+pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], out: &mut [u8]) {
+    encode_nibbles::<L, 18, true>(values, 15.0, out);
 }
 
 #[inline(always)]
-pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
-    encode_with_offset::<L, 20>(values, 15.0, out);
+pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], out: &mut [u8]) {
+    encode_nibbles::<L, 20, false>(values, 15.0, out);
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_0(values: &[f32], out: &mut Vec<u8>) {
-    for (x, block) in blocks::<LEN, 22>(values, out) {
-        let (d, codes) = centred_codes(x, 32.0);
-        put_half(d, &mut block[..2]);
-        put_fifth_bits(&codes, &mut block[2..6]);
-        put_nibbles(&codes, &mut block[6..]);
-    }
+pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], out: &mut [u8]) {
+    encode_nibbles::<L, 22, true>(values, 31.0, out);
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_1<L: Lanes>(values: &[f32], out: &mut Vec<u8>) {
-    encode_with_offset::<L, 24>(values, 31.0, out);
+pub(super) fn encode_q5_1<L: Lanes>(values: &[f32], out: &mut [u8]) {
+    encode_nibbles::<L, 24, false>(values, 31.0, out);
 }
 
+/// Codes `q` with `x ≈ d·q`, from −127 to 127, halves away from zero.
 #[inline(always)]
-pub(super) fn encode_q8_0(values: &[f32], out: &mut Vec<u8>) {
-    for (x, block) in blocks::<LEN, 34>(values, out) {
-        let mut magnitude = 0;
-        for v in x {
-            magnitude = magnitude.max(v.abs().to_bits());
-        }
-        let d = f32::from_bits(magnitude) / 127.0;
-        let inverse = inverse_or_zero(d);
-        put_half(d, &mut block[..2]);
-        for (code, v) in block[2..].iter_mut().zip(x) {
-            // one and a half, so that negative integers keep their low bits too
-            *code = ((v * inverse).round() + 1.5 * TO_LOW_BITS).to_bits() as u8;
-        }
-        if inverse.is_infinite() {
-            block[2..].fill(0);
-        }
-    }
-}
-
-/// Codes `q` with `x ≈ d·(q − levels/2)`. The value of largest magnitude, sign kept, falls on the code 0, so the
-/// range that has one step more is on its side.
-#[inline(always)]
-fn centred_codes(x: &[f32; LEN], levels: f32) -> (f32, [u8; LEN]) {
-    let half = levels / 2.0;
-    let d = largest_magnitude(x) / -half;
-    let inverse = inverse_or_zero(d);
-    let mut codes = [0; LEN];
-    if inverse.is_finite() {
-        for (code, v) in codes.iter_mut().zip(x) {
-            *code = truncated(v * inverse + (half + 0.5), levels - 1.0);
-        }
-    }
-    (d, codes)
-}
-
-/// Codes `q` with `x ≈ d·q + min`: d, min, the fifth bits where the block has room for them, and nibbles.
-#[inline(always)]
-fn encode_with_offset<L: Lanes, const BYTES: usize>(values: &[f32], max_code: f32, out: &mut Vec<u8>) {
+pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], out: &mut [u8]) {
     let blocks = values.as_chunks::<LEN>().0;
-    let start = out.len();
-    out.resize(start + blocks.len() * BYTES, 0);
-    let encoded = out[start..].as_chunks_mut::<BYTES>().0;
+    let encoded = out.as_chunks_mut::<34>().0;
+    for (blocks, encoded) in blocks.chunks(SIDE_BY_SIDE).zip(encoded.chunks_mut(SIDE_BY_SIDE)) {
+        let (mut d, mut inverse) = (Column::ZERO, Column::ZERO);
+        for at in vectors::<L>(blocks.len()) {
+            let scale = magnitudes::<L>(&blocks[at..]) / L::splat(127.0);
+            scale.store(&mut d, at);
+            inverse_or_zero(scale).0.store(&mut inverse, at);
+        }
+        let halves = halves(&d);
+        for (i, (x, block)) in blocks.iter().zip(encoded).enumerate() {
+            block[..2].copy_from_slice(&halves[i]);
+            let inverse = L::splat(inverse.0[i]);
+            for (x, codes) in
+                x.as_chunks::<SIDE_BY_SIDE>().0.iter().zip(block[2..].as_chunks_mut::<SIDE_BY_SIDE>().0)
+            {
+                for at in vectors::<L>(SIDE_BY_SIDE) {
+                    let v = L::load_values(&x[at..at + L::LANES]) * inverse;
+                    (v + L::splat(BELOW_HALF).with_sign_of(v)).store_bytes(codes, at);
+                }
+            }
+        }
+    }
+}
+
+/// Codes `q` with `x ≈ d·q + min`, or `x ≈ d·(q − half)` where the type is `CENTRED`: d, min where there is one, the fifth
+/// bits where the block has room for them, and nibbles.
+#[inline(always)]
+fn encode_nibbles<L: Lanes, const BYTES: usize, const CENTRED: bool>(
+    values: &[f32],
+    max_code: f32,
+    out: &mut [u8],
+) {
+    let blocks = values.as_chunks::<LEN>().0;
+    let encoded = out.as_chunks_mut::<BYTES>().0;
+    let scales = if CENTRED { 2 } else { 4 };
     let nibbles = BYTES - LEN / 2;
     for (blocks, encoded) in blocks.chunks(SIDE_BY_SIDE).zip(encoded.chunks_mut(SIDE_BY_SIDE)) {
-        let (min, max) = ranges::<L>(blocks);
-        let (d, inverse) = scales::<L>(&min, &max, max_code);
-        let (d_halves, min_halves) = (halves(&d), halves(&min));
+        let fit =
+            if CENTRED { Fit::centred::<L>(blocks, max_code) } else { Fit::offset::<L>(blocks, max_code) };
+        let (d_halves, min_halves) = (halves(&fit.d), halves(&fit.min));
         for (i, (x, block)) in blocks.iter().zip(encoded).enumerate() {
             block[..2].copy_from_slice(&d_halves[i]);
-            block[2..4].copy_from_slice(&min_halves[i]);
-            let (min, inverse) = (L::splat(min.0[i]), L::splat(inverse.0[i]));
-            let (mut bytes, mut fifth_bits) = ([0; SIDE_BY_SIDE], 0);
-            for at in (0..LEN / 2).step_by(L::LANES) {
-                let mut low = offset_codes(L::load_values(&x[at..]), min, inverse, max_code);
-                let mut high = offset_codes(L::load_values(&x[LEN / 2 + at..]), min, inverse, max_code);
-                if nibbles == 8 {
-                    let (low_fifth, high_fifth) =
-                        (L::less(L::splat(15.0), low), L::less(L::splat(15.0), high));
-                    fifth_bits |= L::bits(low_fifth) << at | L::bits(high_fifth) << (LEN / 2 + at);
-                    low = L::select(low_fifth, low - L::splat(16.0), low);
-                    high = L::select(high_fifth, high - L::splat(16.0), high);
-                }
-                (low + high * L::splat(16.0)).store_bytes(&mut bytes, at);
+            if !CENTRED {
+                block[2..4].copy_from_slice(&min_halves[i]);
             }
-            if nibbles == 8 {
-                block[4..8].copy_from_slice(&fifth_bits.to_le_bytes());
+            let [min, inverse, bias] =
+                [&fit.min, &fit.inverse, &fit.bias].map(|of_block| L::splat(of_block.0[i]));
+            let (mut bytes, mut fifth_bits) = ([0; SIDE_BY_SIDE], 0);
+            for at in vectors::<L>(LEN / 2) {
+                let (mut low, mut high) = (L::load_values(&x[at..]), L::load_values(&x[LEN / 2 + at..]));
+                if !CENTRED {
+                    (low, high) = (low - min, high - min);
+                }
+                low = clamp(low * inverse + bias, max_code);
+                high = clamp(high * inverse + bias, max_code);
+                if nibbles > scales {
+                    let below = L::splat(16.0_f32.next_down());
+                    fifth_bits |=
+                        L::bits(below.less(low)) << at | L::bits(below.less(high)) << (LEN / 2 + at);
+                }
+                L::store_nibbles(low, high, &mut bytes, at);
+            }
+            if nibbles > scales {
+                block[scales..nibbles].copy_from_slice(&fifth_bits.to_le_bytes());
             }
             block[nibbles..].copy_from_slice(&bytes);
         }
     }
 }
 
+/// How the values of up to sixteen blocks become codes: `(x − min)·inverse + bias`, truncated.
+struct Fit {
+    /// As stored.
+    d: Column,
+    /// As stored, where it is.
+    min: Column,
+    inverse: Column,
+    bias: Column,
+}
+
+impl Fit {
+    /// Codes from the smallest value to the largest.
+    #[inline(always)]
+    fn offset<L: Lanes>(blocks: &[[f32; LEN]], max_code: f32) -> Self {
+        let (min, max) = ranges::<L>(blocks);
+        let mut fit = Self { d: Column::ZERO, min, inverse: Column::ZERO, bias: Column([0.5; SIDE_BY_SIDE]) };
+        for at in vectors::<L>(SIDE_BY_SIDE) {
+            let d = (L::load(&max, at) - L::load(&min, at)) / L::splat(max_code);
+            d.store(&mut fit.d, at);
+            inverse_or_zero(d).0.store(&mut fit.inverse, at);
+        }
+        fit
+    }
+
+    /// The value of largest magnitude, sign kept, falls on the code 0, so the range that has one step more is on its side.
+    #[inline(always)]
+    fn centred<L: Lanes>(blocks: &[[f32; LEN]], max_code: f32) -> Self {
+        let half = f32::midpoint(max_code, 1.0);
+        let largest = largest_magnitudes::<L>(blocks);
+        let mut fit = Self { d: Column::ZERO, min: Column::ZERO, inverse: Column::ZERO, bias: Column::ZERO };
+        for at in vectors::<L>(SIDE_BY_SIDE) {
+            let d = L::load(&largest, at) / L::splat(-half);
+            d.store(&mut fit.d, at);
+            let (inverse, overflows) = inverse_or_zero(d);
+            inverse.store(&mut fit.inverse, at);
+            L::select(overflows, L::splat(0.0), L::splat(half + 0.5)).store(&mut fit.bias, at);
+        }
+        fit
+    }
+}
+
+/// Codes before they are truncated; zero for what is not a number.
 #[inline(always)]
-fn offset_codes<L: Lanes>(x: L, min: L, inverse: L, max_code: f32) -> L {
-    // what is not a number becomes zero here
-    let code = ((x - min) * inverse + L::splat(0.5)).trunc().max(L::splat(0.0));
-    code.min(L::splat(max_code))
+fn clamp<L: Lanes>(code: L, max_code: f32) -> L {
+    code.max(L::splat(0.0)).min(L::splat(max_code))
+}
+
+/// 1 ÷ `d`, or zero where `d` is zero or so small that this overflows, and where it overflows.
+#[inline(always)]
+fn inverse_or_zero<L: Lanes>(d: L) -> (L, L::Mask) {
+    let (zero, infinity) = (L::splat(0.0), L::splat(f32::INFINITY));
+    let inverse = L::splat(1.0) / d;
+    let is_finite = inverse.abs().less(infinity);
+    (L::select(is_finite, inverse, zero), L::both(inverse.abs().equal(infinity), d.differs(zero)))
 }
 
 /// The smallest and the largest value of up to sixteen blocks. Of zeros, which may differ in their sign, the first is the
@@ -130,27 +171,10 @@ fn offset_codes<L: Lanes>(x: L, min: L, inverse: L, max_code: f32) -> L {
 fn ranges<L: Lanes>(blocks: &[[f32; LEN]]) -> (Column, Column) {
     let (mut min, mut max) = (Column::ZERO, Column::ZERO);
     for at in vectors::<L>(blocks.len()) {
-        let (mut lows, mut highs) = ([L::splat(0.0); SIDE_BY_SIDE], [L::splat(0.0); SIDE_BY_SIDE]);
-        for ((low, high), block) in lows.iter_mut().zip(&mut highs).zip(&blocks[at..]).take(L::LANES) {
-            (*low, *high) = (L::load_values(block), L::load_values(block));
-            for from in (L::LANES..LEN).step_by(L::LANES) {
-                let values = L::load_values(&block[from..]);
-                (*low, *high) = (low.min(values), high.max(values));
-            }
-        }
-        // Halving the vectors, as often as leads to one, ends with the blocks in their order.
-        for halvings in 1..=L::LANES.ilog2() {
-            let rows = L::LANES >> halvings;
-            for i in 0..rows {
-                let (a, b) = lows[i].interleave(lows[i + rows]);
-                lows[i] = a.min(b);
-                let (a, b) = highs[i].interleave(highs[i + rows]);
-                highs[i] = a.max(b);
-            }
-        }
-        lows[0].store(&mut min, at);
-        highs[0].store(&mut max, at);
-        if L::any(L::equal(lows[0], L::splat(0.0))) {
+        let (low, high) = range_of_lanes::<L>(&blocks[at..]);
+        low.store(&mut min, at);
+        high.store(&mut max, at);
+        if L::any(L::equal(low, L::splat(0.0))) {
             let ranges = min.0.iter_mut().zip(&mut max.0).zip(blocks);
             for ((min, max), block) in ranges.filter(|((min, _), _)| **min == 0.0) {
                 *min = block.iter().copied().find(|v| *v == 0.0).unwrap_or(0.0);
@@ -161,18 +185,68 @@ fn ranges<L: Lanes>(blocks: &[[f32; LEN]]) -> (Column, Column) {
     (min, max)
 }
 
-/// The steps between codes, and their inverses or zero.
+/// The value of largest magnitude of up to sixteen blocks, with its sign; the first of equals, and of zeros the positive.
 #[inline(always)]
-fn scales<L: Lanes>(min: &Column, max: &Column, max_code: f32) -> (Column, Column) {
-    let (mut scales, mut inverses) = (Column::ZERO, Column::ZERO);
-    for at in vectors::<L>(SIDE_BY_SIDE) {
-        let d = (L::load(max, at) - L::load(min, at)) / L::splat(max_code);
-        let inverse = L::splat(1.0) / d;
-        let is_finite = L::less(inverse, L::splat(f32::INFINITY));
-        d.store(&mut scales, at);
-        L::select(is_finite, inverse, L::splat(0.0)).store(&mut inverses, at);
+fn largest_magnitudes<L: Lanes>(blocks: &[[f32; LEN]]) -> Column {
+    let mut largest = Column::ZERO;
+    for at in vectors::<L>(blocks.len()) {
+        let zero = L::splat(0.0);
+        let (low, high) = range_of_lanes::<L>(&blocks[at..]);
+        let (low, high) = (low.min(zero), high.max(zero));
+        let below = zero - low;
+        L::select(high.less(below), low, high).store(&mut largest, at);
+        if L::any(L::both(high.equal(below), high.differs(zero))) {
+            let lanes = largest.0[at..].iter_mut().zip(&blocks[at..]).take(L::LANES);
+            for (largest, block) in lanes.filter(|(largest, _)| **largest != 0.0) {
+                let first = block.iter().copied().find(|v| v.abs().to_bits() == largest.abs().to_bits());
+                *largest = first.unwrap_or(*largest);
+            }
+        }
     }
-    (scales, inverses)
+    largest
+}
+
+/// The largest magnitude of each of as many blocks as there are lanes; zero where there are fewer.
+#[inline(always)]
+fn magnitudes<L: Lanes>(blocks: &[[f32; LEN]]) -> L {
+    let mut magnitudes = [L::splat(0.0); SIDE_BY_SIDE];
+    for (magnitude, block) in magnitudes.iter_mut().zip(blocks).take(L::LANES) {
+        for from in vectors::<L>(LEN) {
+            *magnitude = magnitude.max(L::load_values(&block[from..]).abs());
+        }
+    }
+    // Halving the vectors, as often as leads to one, ends with the blocks in their order.
+    for halvings in 1..=L::LANES.ilog2() {
+        let rows = L::LANES >> halvings;
+        for i in 0..rows {
+            let (a, b) = magnitudes[i].interleave(magnitudes[i + rows]);
+            magnitudes[i] = a.max(b);
+        }
+    }
+    magnitudes[0]
+}
+
+/// As [`magnitudes`], the smallest and the largest values.
+#[inline(always)]
+fn range_of_lanes<L: Lanes>(blocks: &[[f32; LEN]]) -> (L, L) {
+    let (mut lows, mut highs) = ([L::splat(0.0); SIDE_BY_SIDE], [L::splat(0.0); SIDE_BY_SIDE]);
+    for ((low, high), block) in lows.iter_mut().zip(&mut highs).zip(blocks).take(L::LANES) {
+        (*low, *high) = (L::load_values(block), L::load_values(block));
+        for from in (L::LANES..LEN).step_by(L::LANES) {
+            let values = L::load_values(&block[from..]);
+            (*low, *high) = (low.min(values), high.max(values));
+        }
+    }
+    for halvings in 1..=L::LANES.ilog2() {
+        let rows = L::LANES >> halvings;
+        for i in 0..rows {
+            let (a, b) = lows[i].interleave(lows[i + rows]);
+            lows[i] = a.min(b);
+            let (a, b) = highs[i].interleave(highs[i + rows]);
+            highs[i] = a.max(b);
+        }
+    }
+    (lows[0], highs[0])
 }
 
 #[inline(always)]
@@ -182,50 +256,6 @@ fn halves(values: &Column) -> [[u8; 2]; SIDE_BY_SIDE] {
         *half = f32_to_half(*v).to_le_bytes();
     }
     halves
-}
-
-/// The integer below or at a number that is not negative, but at most `max_code`; zero for what is not a number.
-#[inline(always)]
-fn truncated(v: f32, max_code: f32) -> u8 {
-    let code = v.trunc() + TO_LOW_BITS;
-    (if code > max_code + TO_LOW_BITS { max_code + TO_LOW_BITS } else { code }).to_bits() as u8
-}
-
-/// The value of largest magnitude with its sign; the first of equals.
-#[inline(always)]
-fn largest_magnitude(x: &[f32; LEN]) -> f32 {
-    let (mut min, mut max) = (0, 0);
-    for v in x {
-        min = min.min(order(*v));
-        max = max.max(order(*v));
-    }
-    let (negative, positive) = (value_at(min).abs(), value_at(max));
-    if positive > negative {
-        positive
-    } else if positive < negative {
-        -negative
-    } else {
-        let is_largest = |v: &&f32| v.abs().to_bits() == positive.to_bits();
-        x.iter().find(is_largest).copied().filter(|v| *v != 0.0).unwrap_or(0.0)
-    }
-}
-
-/// An integer that is the larger the larger the value is.
-#[inline(always)]
-fn order(v: f32) -> i32 {
-    let bits = v.to_bits() as i32;
-    bits ^ ((bits >> 31) & i32::MAX)
-}
-
-/// The value that [`order`] maps to `order`.
-#[inline(always)]
-fn value_at(order: i32) -> f32 {
-    f32::from_bits((order ^ ((order >> 31) & i32::MAX)) as u32)
-}
-
-#[inline(always)]
-fn inverse_or_zero(d: f32) -> f32 {
-    if d == 0.0 { 0.0 } else { 1.0 / d }
 }
 
 /// Bit j is the fifth bit of code j.

@@ -29,9 +29,9 @@ use crate::{BlockType, float};
 use lanes::{Column, Lanes, Portable, SIDE_BY_SIDE};
 use searches::Columns;
 
-/// Appends the encoded `values`, a whole number of blocks, to `out`. All types but IQ4_XS.
+/// Encodes `values`, a whole number of blocks, into `out`. All types but IQ4_XS.
 #[allow(unsafe_code)]
-pub(crate) fn encode(block_type: BlockType, values: &[f32], out: &mut Vec<u8>) {
+pub(crate) fn encode(block_type: BlockType, values: &[f32], out: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     {
         if std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx2") {
@@ -48,27 +48,27 @@ pub(crate) fn encode(block_type: BlockType, values: &[f32], out: &mut Vec<u8>) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2")]
-fn encode_avx512(block_type: BlockType, values: &[f32], out: &mut Vec<u8>) {
+fn encode_avx512(block_type: BlockType, values: &[f32], out: &mut [u8]) {
     encode_with::<lanes_x86::Avx512>(block_type, values, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn encode_avx2(block_type: BlockType, values: &[f32], out: &mut Vec<u8>) {
+fn encode_avx2(block_type: BlockType, values: &[f32], out: &mut [u8]) {
     encode_with::<lanes_x86::Avx2>(block_type, values, out);
 }
 
 #[inline(always)]
-fn encode_with<L: Lanes>(block_type: BlockType, values: &[f32], out: &mut Vec<u8>) {
+fn encode_with<L: Lanes>(block_type: BlockType, values: &[f32], out: &mut [u8]) {
     match block_type {
         BlockType::F32 => float::encode_f32(values, out),
         BlockType::F16 => float::encode_f16(values, out),
         BlockType::BF16 => float::encode_bf16(values, out),
-        BlockType::Q4_0 => legacy_quants::encode_q4_0(values, out),
+        BlockType::Q4_0 => legacy_quants::encode_q4_0::<L>(values, out),
         BlockType::Q4_1 => legacy_quants::encode_q4_1::<L>(values, out),
-        BlockType::Q5_0 => legacy_quants::encode_q5_0(values, out),
+        BlockType::Q5_0 => legacy_quants::encode_q5_0::<L>(values, out),
         BlockType::Q5_1 => legacy_quants::encode_q5_1::<L>(values, out),
-        BlockType::Q8_0 => legacy_quants::encode_q8_0(values, out),
+        BlockType::Q8_0 => legacy_quants::encode_q8_0::<L>(values, out),
         BlockType::Q2K => k_quants::encode_q2_k::<L>(values, out),
         BlockType::Q3K => k_quants::encode_q3_k::<L>(values, out),
         BlockType::Q4K => k_quants::encode_q4_k::<L>(values, out),
@@ -80,16 +80,13 @@ fn encode_with<L: Lanes>(block_type: BlockType, values: &[f32], out: &mut Vec<u8
     }
 }
 
-/// Blocks of values, each with the place for its bytes at the end of `out`.
+/// Blocks of values, each with the place for its bytes.
 #[inline(always)]
 fn blocks<'a, const LEN: usize, const BYTES: usize>(
     values: &'a [f32],
-    out: &'a mut Vec<u8>,
+    out: &'a mut [u8],
 ) -> impl Iterator<Item = (&'a [f32; LEN], &'a mut [u8; BYTES])> {
-    let values = values.as_chunks::<LEN>().0;
-    let start = out.len();
-    out.resize(start + values.len() * BYTES, 0);
-    values.iter().zip(out[start..].as_chunks_mut::<BYTES>().0)
+    values.as_chunks::<LEN>().0.iter().zip(out.as_chunks_mut::<BYTES>().0)
 }
 
 /// Up to sixteen blocks of `LEN` values, side by side; those that `values` does not fill are zero.
@@ -181,14 +178,15 @@ mod tests {
             [zero, zero.copysign(random()), f32::max(random(), zero), -f32::max(random(), zero)][i / 32 % 4]
         }));
         for block_type in BlockType::ALL.into_iter().filter(|t| t.can_encode()) {
-            let (mut want, mut got) = (vec![], vec![]);
+            let len = block_type.row_bytes(values.len()).expect("whole blocks");
+            // whatever was there before
+            let (mut want, mut got) = (vec![0xA5; len], vec![0x5A; len]);
             encode_with::<Portable>(block_type, &values, &mut want);
-            assert_eq!(Some(want.len()), block_type.row_bytes(values.len()));
             encode(block_type, &values, &mut got);
             assert_eq!(got, want, "{}", block_type.name());
             #[cfg(target_arch = "x86_64")]
             if std::is_x86_feature_detected!("avx2") {
-                got.clear();
+                got.fill(0xFF);
                 // SAFETY: the processor has the feature that the function enables.
                 #[allow(unsafe_code)]
                 unsafe {

@@ -186,21 +186,21 @@ fn squared_fit<L: Lanes, const LEN: usize>(
     (sum_qx, sum_qq)
 }
 
-/// Scales and codes from −4 to 3 of two sets of sub-blocks, lanes `at..` of the columns: starting from plain rounding,
+/// Scales and codes from −4 to 3 of several sets of sub-blocks, lanes `at..` of the columns: starting from plain rounding,
 /// each value in turn moves to the code that fits best beside all others, for up to five rounds. Codes of [`TINY`]
 /// sub-blocks are −4.
 ///
-/// Each step waits for the one before, division included; two sets fill each other's waits.
+/// Each step waits for the one before, division included; sets fill each other's waits.
 #[inline(always)]
-pub(super) fn one_by_one<L: Lanes, const LEN: usize>(
-    x: &[Columns<LEN>; 2],
+pub(super) fn one_by_one<L: Lanes, const LEN: usize, const SETS: usize>(
+    x: &[Columns<LEN>; SETS],
     at: usize,
-    codes: &mut [Columns<LEN>; 2],
-) -> [L; 2] {
+    codes: &mut [Columns<LEN>; SETS],
+) -> [L; SETS] {
     const HALF: f32 = 4.0;
     let zero = L::splat(0.0);
-    let (mut sum_qx, mut sum_qq) = ([zero; 2], [zero; 2]);
-    for s in 0..2 {
+    let (mut sum_qx, mut sum_qq) = ([zero; SETS], [zero; SETS]);
+    for s in 0..SETS {
         let inverse = L::splat(-HALF) / largest_magnitude::<L>(&x[s], at);
         for (x, q) in x[s].iter().zip(&mut codes[s]) {
             let x = L::load(x, at);
@@ -213,7 +213,7 @@ pub(super) fn one_by_one<L: Lanes, const LEN: usize>(
     for _ in 0..5 {
         let mut changed = false;
         for i in 0..LEN {
-            for s in 0..2 {
+            for s in 0..SETS {
                 let (x, old) = (L::load(&x[s][i], at), L::load(&codes[s][i], at));
                 let w = x * x;
                 let rest_qx = sum_qx[s] - w * x * old;
@@ -234,8 +234,8 @@ pub(super) fn one_by_one<L: Lanes, const LEN: usize>(
             break;
         }
     }
-    let mut scales = [zero; 2];
-    for s in 0..2 {
+    let mut scales = [zero; SETS];
+    for s in 0..SETS {
         let tiny = largest_magnitude::<L>(&x[s], at).abs().less(L::splat(TINY));
         for q in &mut codes[s] {
             L::select(tiny, L::splat(-HALF), L::load(q, at)).store(q, at);

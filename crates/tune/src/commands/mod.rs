@@ -4,7 +4,7 @@ pub mod bench;
 mod chat;
 mod data;
 mod eval;
-mod export;
+pub mod export;
 mod generate;
 mod logits;
 mod models;

@@ -144,7 +144,7 @@ pub fn run(args: &Args) -> miette::Result<ExitCode> {
         return Err(gate.over_budget(peak_bytes, &outcome, &folder).into());
     }
     if trains_all {
-        export::write_trained_model(&folder, &inputs, &outcome.model)?;
+        export::write_trained_model(&folder, &inputs, &outcome)?;
     }
     report_end(&folder, &gate, &say)?;
 

@@ -1,19 +1,21 @@
 //! `tune verify`: whether an exported file answers as the model that was trained.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use miette::{IntoDiagnostic, Result};
 use tune_data::Tokenizer;
-use tune_formats::peft::{self, Adapter, AdapterConfig};
+use tune_formats::peft;
 use tune_hub::{ModelRef, OllamaHost, OllamaServer};
 use tune_recipe::Method;
 use tune_train::RunFolder;
 
+use crate::commands::export::trained_in_full;
 use crate::exit::{NOT_VERIFIED, UsageError};
 use crate::limits::Limits;
 use crate::model::trained_base;
+use crate::progress::{self, show_proof};
 use crate::proof::prove;
 use crate::trained::Trained;
 use crate::{download, engines};
@@ -61,7 +63,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let base = if trains_all { trained_base(&folder, &path)? } else { tune_formats::open(&path)? };
     let untrained = if trains_all { Some(tune_formats::open(&path)?) } else { None };
     let adapter = match trains_all {
-        true => Adapter { config: AdapterConfig::default(), layers: BTreeMap::new() },
+        true => trained_in_full(&folder)?,
         false => peft::read(&folder.adapter())?,
     };
     let merged_onto = match &args.base {
@@ -71,13 +73,20 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         None => None,
     };
     let tokenizer = Tokenizer::from_base(&base)?;
+    let bar = progress::bar("");
+    bar.set_message("base");
+    bar.enable_steady_tick(Duration::from_millis(200));
     let trained =
         Trained::open(&base, &adapter, &tokenizer, Some(&spec), untrained.as_ref(), args.data.as_deref())?;
     if let Some(name) = on_ollama {
+        bar.finish_and_clear();
         return verify_on_ollama(name, &trained, args.json);
     }
     let server = tune_hub::find_llama_server(|name| std::env::var_os(name));
-    let proof = prove(&args.artefact, &trained, merged_onto.as_ref(), server.as_deref())?;
+    let told = |step| show_proof(&bar, step);
+    let proof = prove(&args.artefact, &trained, merged_onto.as_ref(), server.as_deref(), &told);
+    bar.finish_and_clear();
+    let proof = proof?;
     if args.json {
         println!("{}", serde_json::to_string(&proof).into_diagnostic()?);
     } else {

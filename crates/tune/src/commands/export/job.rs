@@ -1,10 +1,9 @@
 //! One export: progress, and what the user should know about the result.
 
 use std::cell::RefCell;
-use std::io::IsTerminal;
 use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use miette::Result;
 use tune_data::{ChatTemplate, Clock, Message, Tokenizer};
 use tune_export::{
@@ -19,6 +18,7 @@ use tune_train::RunFolder;
 
 use crate::loss_plot;
 use crate::model_card::{self, Card};
+use crate::progress::{self, show_proof};
 use crate::proof::{Proof, prove};
 use crate::trained::Trained;
 
@@ -45,7 +45,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// Exports with a progress bar, and tells what the user should know about the result.
     pub fn write(&self, target: ExportTarget, out: &Path, replace_folder: bool) -> Result<ExportReport> {
-        if self.adapter.trained_on(self.base)? == Some(false) {
+        if !self.adapter.layers.is_empty() && self.adapter.trained_on(self.base)? == Some(false) {
             eprintln!(
                 "note      the adapter was trained over other weights of this model than {}",
                 self.reference
@@ -82,7 +82,9 @@ impl Job<'_> {
         }
         let moments = |module: &str| activations.as_ref()?.of(module);
         let proof = RefCell::new(None);
-        let judge = |place: &Path| self.judge(place, target, trained.as_ref(), &proof);
+        let bar = progress::bar("tensors");
+        bar.set_message(target.to_string());
+        let judge = |place: &Path| self.judge(place, target, trained.as_ref(), &bar, &proof);
         let companions = if target.is_folder() { self.companions(target)? } else { Vec::new() };
         let settings = self.ollama.cloned().unwrap_or_default();
         let stop: Vec<String> = settings.stop().into_iter().map(str::to_owned).collect();
@@ -110,7 +112,6 @@ impl Job<'_> {
             render: Some(&render),
         };
         let request = ExportRequest { base: self.base, adapter: self.adapter, target, out, options };
-        let bar = bar(target);
         let report = export(&request, &mut |event| show(&bar, event));
         bar.finish_and_clear();
         let report = report?;
@@ -155,7 +156,9 @@ impl Job<'_> {
 
     /// The trained model, where it is needed.
     pub fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
-        if self.settings.verify == Verify::Off && self.route(target) != MergeRoute::Gptq {
+        // without a run there are no rows for error feedback either
+        let has_feedback = self.route(target) == MergeRoute::Gptq && self.run.is_some();
+        if self.settings.verify == Verify::Off && !has_feedback {
             return Ok(None);
         }
         let base = self.trained_over.unwrap_or(self.base);
@@ -178,12 +181,14 @@ impl Job<'_> {
         place: &Path,
         target: ExportTarget,
         trained: Option<&Trained<'_>>,
+        bar: &ProgressBar,
         found: &RefCell<Option<Proof>>,
     ) -> Result<Vec<String>, ExportError> {
         let Some(trained) = trained else { return Ok(Vec::new()) };
         let server = tune_hub::find_llama_server(|name| std::env::var_os(name));
         let merged_onto = self.trained_over.map(|_| self.base);
-        let proof = match prove(place, trained, merged_onto, server.as_deref()) {
+        let proof = prove(place, trained, merged_onto, server.as_deref(), &|step| show_proof(bar, step));
+        let proof = match proof {
             Ok(proof) => proof,
             Err(error) => return Ok(vec![format!("it cannot be read as a model: {error}")]),
         };
@@ -203,16 +208,6 @@ fn tell_update(route: MergeRoute, update: StoredUpdate) {
         100.0 * update.relative_update,
         100.0 * update.error,
     );
-}
-
-fn bar(target: ExportTarget) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{msg:9} {wide_bar} {pos}/{len} tensors");
-    ProgressBar::new(0)
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        .with_message(target.to_string())
 }
 
 fn show(bar: &ProgressBar, event: ExportEvent) {

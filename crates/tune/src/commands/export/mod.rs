@@ -12,12 +12,13 @@ use miette::{IntoDiagnostic, Result};
 use tune_data::{Message, Tokenizer};
 use tune_export::{ExportError, ExportTarget, FileType};
 use tune_formats::peft::{self, Adapter, AdapterConfig};
+use tune_formats::provenance::Provenance;
+use tune_formats::safetensors::SafetensorsFiles;
 use tune_formats::{BaseModel, ModelConfig};
 use tune_hub::ModelRef;
-use tune_models::Llama;
 use tune_quant::BlockType;
 use tune_recipe::{Export, Merge, Method, RunSpec, Verify};
-use tune_train::RunFolder;
+use tune_train::{Outcome, RunFolder};
 
 use crate::download;
 use crate::exit::{INTERRUPTED, UsageError};
@@ -103,17 +104,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let (true, Some(target)) = (trains_all, &asked) {
         target.refuse_adapters()?;
     }
-    let adapter = if trains_all { no_adapter() } else { read_adapter(&folder, spec.is_some())? };
+    let adapter = if trains_all { trained_in_full(&folder)? } else { read_adapter(&folder, spec.is_some())? };
     let reference = base_reference(args, spec.as_ref(), &adapter)?;
     let resolved = download::resolve(&ModelRef::parse(&reference)?, false)?;
     let base =
         if trains_all { trained_base(&folder, &resolved.path)? } else { tune_formats::open(&resolved.path)? };
+    let untrained = if trains_all { Some(tune_formats::open(&resolved.path)?) } else { None };
     // Another base named on purpose, such as one of more bits, is noted and not refused.
     if args.base.is_none() && !args.any_base {
-        adapter.require_trained_base(&base)?;
+        adapter.require_trained_base(untrained.as_ref().unwrap_or(&base))?;
     }
     let target = asked.unwrap_or_else(|| Destination::File(default_target(&base, trains_all)));
-    let untrained = if trains_all { Some(tune_formats::open(&resolved.path)?) } else { None };
     let trained_over = match &spec {
         Some(spec) if !trains_all && spec.model.base != reference => {
             Some(tune_formats::open(&download::resolve(&ModelRef::parse(&spec.model.base)?, false)?.path)?)
@@ -245,21 +246,30 @@ fn refuse_adapters(target: ExportTarget) -> Result<()> {
     }
 }
 
-/// Trained weights need no update.
-fn no_adapter() -> Adapter {
-    Adapter { config: AdapterConfig::default(), layers: BTreeMap::new() }
+/// The weights of a run that trains all of them need no update, but have a provenance.
+pub fn trained_in_full(folder: &RunFolder) -> Result<Adapter> {
+    let metadata = if folder.is_finished() {
+        SafetensorsFiles::open_directory(&folder.model())?.metadata().clone()
+    } else {
+        BTreeMap::new()
+    };
+    Ok(no_update(Provenance::read(|key| metadata.get(key).cloned())))
+}
+
+fn no_update(provenance: Provenance) -> Adapter {
+    Adapter { config: AdapterConfig { provenance, ..AdapterConfig::default() }, layers: BTreeMap::new() }
 }
 
 /// Writes the weights of a run that trains all of them into its folder, exactly, as a Hugging Face model.
-pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, model: &Llama) -> Result<()> {
-    let Some(weights) = model.trained_weights() else { return Ok(()) };
+pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, outcome: &Outcome) -> Result<()> {
+    let Some(weights) = outcome.model.trained_weights() else { return Ok(()) };
     let base = BaseModel { weights: Box::new(weights), ..tune_formats::open(&inputs.resolved.path)? };
     let job = Job {
         name: &inputs.spec.run.name,
         reference: &inputs.spec.model.base,
         ollama: None,
         base: &base,
-        adapter: &no_adapter(),
+        adapter: &no_update(outcome.provenance.clone()),
         tokenizer: &inputs.tokenizer,
         licence: inputs.resolved.licence.as_deref(),
         run: Some((&inputs.spec, folder)),
@@ -284,7 +294,7 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<S
     let spec = &inputs.spec;
     let target = Destination::parse(target)?;
     let trains_all = spec.adapter.method == Method::Full;
-    let adapter = if trains_all { no_adapter() } else { read_adapter(folder, true)? };
+    let adapter = if trains_all { trained_in_full(folder)? } else { read_adapter(folder, true)? };
     let trained = if trains_all { Some(trained_base(folder, &inputs.resolved.path)?) } else { None };
     let job = Job {
         name: &spec.run.name,
