@@ -12,6 +12,8 @@ mod math;
 mod matmul;
 mod matvec;
 mod panels;
+mod prefetch;
+mod team;
 
 pub(crate) use buffer::{Buffer, SharedSlots, Unwritten, Value, as_slots, with_buffers, with_scratch};
 pub(crate) use flex::{contiguous, from_values, values};
@@ -21,6 +23,9 @@ pub(crate) use math::{
 };
 pub(crate) use matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
 pub(crate) use panels::{for_each_panel, panel_rows, times, times_transposed};
+pub(crate) use prefetch::{prefetch, prefetch_part};
+pub use team::on_pool;
+pub(crate) use team::{for_each, map};
 
 /// Compiles a function for the baseline, for AVX2 and for AVX-512, and calls the best one at run time.
 macro_rules! vectorised {

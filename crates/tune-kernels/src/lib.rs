@@ -49,6 +49,7 @@ pub enum Arithmetic {
 pub use adamw::{AdamWFactors, adamw, sum_of_squares};
 pub use adamw_8bit::{Moments8bit, adamw_8bit};
 pub use attention::{AttentionSpan, causal_attention};
+pub use cpu::on_pool;
 pub use embedding::{add_embedding_gradient, embedding};
 pub use frozen::{FrozenVector, FrozenWeight};
 pub use frozen_linear::frozen_linear;

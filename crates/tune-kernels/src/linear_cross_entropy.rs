@@ -21,11 +21,10 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use crate::cpu::{
-    self, SharedSlots, Target, Threads, Unwritten, View, ViewMut, as_slots, exp, for_each_panel, max,
-    multiply, multiply_add, panel_rows, sum_of_exp, vectorised, with_scratch,
+    self, SharedSlots, Target, Threads, Unwritten, View, ViewMut, as_slots, exp, for_each, for_each_panel,
+    max, multiply, multiply_add, panel_rows, sum_of_exp, vectorised, with_scratch,
 };
 use crate::{Arithmetic, FrozenWeight, Weight, bf16};
 
@@ -277,6 +276,9 @@ impl LinearCrossEntropyKernels for Flex {
     }
 }
 
+/// Rows of logits that are worth a thread's while.
+const ROWS_OF_A_TASK: usize = 8;
+
 /// What is known of a row of logits so far.
 #[derive(Clone, Copy)]
 struct Row {
@@ -304,14 +306,17 @@ impl Row {
 
 /// Takes the logits of the ids `ids` into account. Rows of logits begin `stride` apart.
 fn observe(rows: &mut [Row], targets: &[u32], ids: &Range<usize>, logits: &[f32], stride: usize) {
-    let tasks = rows.par_iter_mut().zip(targets).zip(logits.par_chunks(stride));
-    tasks.with_min_len(8).for_each(|((row, target), logits)| {
-        let logits = &logits[..ids.len()];
-        let maximum = row.maximum.max(max(logits));
-        row.sum = row.sum * exp(row.maximum - maximum) + sum_of_exp(logits, maximum);
-        row.maximum = maximum;
-        if ids.contains(&(*target as usize)) {
-            row.target = logits[*target as usize - ids.start];
+    let known = rows.chunks_mut(ROWS_OF_A_TASK).zip(targets.chunks(ROWS_OF_A_TASK));
+    let tasks = known.zip(logits.chunks(ROWS_OF_A_TASK * stride)).collect();
+    for_each(tasks, |((rows, targets), logits): ((&mut [Row], &[u32]), &[f32])| {
+        for ((row, target), logits) in rows.iter_mut().zip(targets).zip(logits.chunks(stride)) {
+            let logits = &logits[..ids.len()];
+            let maximum = row.maximum.max(max(logits));
+            row.sum = row.sum * exp(row.maximum - maximum) + sum_of_exp(logits, maximum);
+            row.maximum = maximum;
+            if ids.contains(&(*target as usize)) {
+                row.target = logits[*target as usize - ids.start];
+            }
         }
     });
 }
@@ -325,11 +330,14 @@ fn to_gradient(
     vocab: usize,
     scale: f32,
 ) {
-    let tasks = rows.par_iter().zip(targets).zip(logits.par_chunks_exact_mut(vocab));
-    tasks.with_min_len(8).for_each(|((row, target), logits)| {
-        scaled_exp(&mut logits[ids.clone()], row.log_sum(), scale);
-        if ids.contains(&(*target as usize)) {
-            logits[*target as usize] -= scale;
+    let known = rows.chunks(ROWS_OF_A_TASK).zip(targets.chunks(ROWS_OF_A_TASK));
+    let tasks = known.zip(logits.chunks_mut(ROWS_OF_A_TASK * vocab)).collect();
+    for_each(tasks, |((rows, targets), logits): ((&[Row], &[u32]), &mut [f32])| {
+        for ((row, target), logits) in rows.iter().zip(targets).zip(logits.chunks_exact_mut(vocab)) {
+            scaled_exp(&mut logits[ids.clone()], row.log_sum(), scale);
+            if ids.contains(&(*target as usize)) {
+                logits[*target as usize] -= scale;
+            }
         }
     });
 }

@@ -17,10 +17,9 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use crate::FrozenVector;
-use crate::cpu::{self, Unwritten, dot, vectorised};
+use crate::cpu::{self, Unwritten, dot, for_each, vectorised};
 
 /// `x / sqrt(mean(x²) + eps) · gain`, row by row.
 ///
@@ -74,15 +73,17 @@ impl RmsNormKernels for Flex {
         let [tokens, d_model] = x.shape().dims();
         let mut y = Unwritten::new(tokens * d_model);
         let mut inverse_rms = Unwritten::new(tokens);
-        rows(cpu::values(&x), d_model)
-            .zip(y.slots().par_chunks_exact_mut(d_model))
-            .zip(inverse_rms.slots())
-            .for_each(|((x, y), r)| {
+        let task = ROWS_OF_A_TASK * d_model.max(1);
+        let outputs = y.slots().chunks_mut(task).zip(inverse_rms.slots().chunks_mut(ROWS_OF_A_TASK));
+        let tasks: Vec<_> = cpu::values::<f32>(&x).chunks(task).zip(outputs).collect();
+        for_each(tasks, |(x, (y, inverse_rms))| {
+            for ((x, y), r) in x.chunks_exact(d_model).zip(y.chunks_exact_mut(d_model)).zip(inverse_rms) {
                 let mean_square = dot(x, x) / d_model as f32;
                 let inverse_rms = 1.0 / (mean_square + eps).sqrt();
                 r.write(inverse_rms);
                 scale_row(x, gain, inverse_rms, y);
-            });
+            }
+        });
         // SAFETY: the loop has written every row of y and every r.
         #[allow(unsafe_code)]
         let (y, inverse_rms) = unsafe { (y.written(), inverse_rms.written()) };
@@ -93,11 +94,21 @@ impl RmsNormKernels for Flex {
         let (x, dy) = (cpu::contiguous(x), cpu::contiguous(dy));
         let [tokens, d_model] = x.shape().dims();
         let mut dx = Unwritten::new(tokens * d_model);
-        rows(cpu::values(&x), d_model)
-            .zip(rows(cpu::values(&dy), d_model))
-            .zip(cpu::values(&inverse_rms))
-            .zip(dx.slots().par_chunks_exact_mut(d_model))
-            .for_each(|(((x, dy), r), dx)| backward_row(x, gain, *r, dy, dx));
+        let task = ROWS_OF_A_TASK * d_model.max(1);
+        let of_rows =
+            cpu::values::<f32>(&inverse_rms).chunks(ROWS_OF_A_TASK).zip(dx.slots().chunks_mut(task));
+        let tasks: Vec<_> = cpu::values::<f32>(&x)
+            .chunks(task)
+            .zip(cpu::values::<f32>(&dy).chunks(task))
+            .zip(of_rows)
+            .collect();
+        for_each(tasks, |((x, dy), (inverse_rms, dx))| {
+            let rows =
+                x.chunks_exact(d_model).zip(dy.chunks_exact(d_model)).zip(dx.chunks_exact_mut(d_model));
+            for (((x, dy), dx), r) in rows.zip(inverse_rms) {
+                backward_row(x, gain, *r, dy, dx);
+            }
+        });
         // SAFETY: the loop has written every row.
         #[allow(unsafe_code)]
         let dx = unsafe { dx.written() };
@@ -105,10 +116,8 @@ impl RmsNormKernels for Flex {
     }
 }
 
-/// The rows of a matrix, in tasks that are worth a thread's while.
-fn rows(values: &[f32], cols: usize) -> impl IndexedParallelIterator<Item = &[f32]> {
-    values.par_chunks_exact(cols).with_min_len(16)
-}
+/// Rows that are worth a thread's while.
+const ROWS_OF_A_TASK: usize = 16;
 
 vectorised! {
     fn scale_row(x: &[f32], gain: &[f32], inverse_rms: f32, y: &mut [MaybeUninit<f32>]) {

@@ -20,9 +20,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
-use crate::cpu::{self, Unwritten, vectorised};
+use crate::cpu::{self, Unwritten, for_each, vectorised};
 
 /// Cosines and sines of the rotary angles, one row per token. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -135,18 +134,26 @@ impl RopeKernels for Flex {
             Direction::Back => -1.0,
         };
         let mut y = Unwritten::new(shape[0] * shape[1]);
-        cpu::values(&x)
-            .par_chunks_exact(shape[1])
-            .zip(y.slots().par_chunks_exact_mut(shape[1]))
-            .zip(table.cos.par_chunks_exact(table.half).zip(table.sin.par_chunks_exact(table.half)))
-            .with_min_len(16)
-            .for_each(|((x, y), (cos, sin))| rotate_token(x, y, cos, sin, sign));
+        let (width, half) = (shape[1].max(1), table.half.max(1));
+        let angles = [&table.cos, &table.sin].map(|angles| angles.chunks(ROWS_OF_A_TASK * half));
+        let rows = cpu::values::<f32>(&x).chunks(ROWS_OF_A_TASK * width);
+        let rows = rows.zip(y.slots().chunks_mut(ROWS_OF_A_TASK * width));
+        let [cos, sin] = angles;
+        for_each(rows.zip(cos.zip(sin)).collect(), |((x, y), (cos, sin))| {
+            let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
+            for ((x, y), (cos, sin)) in rows.zip(cos.chunks_exact(half).zip(sin.chunks_exact(half))) {
+                rotate_token(x, y, cos, sin, sign);
+            }
+        });
         // SAFETY: the loop has written every row.
         #[allow(unsafe_code)]
         let y = unsafe { y.written() };
         cpu::from_values(y, shape)
     }
 }
+
+/// Rows that are worth a thread's while.
+const ROWS_OF_A_TASK: usize = 16;
 
 vectorised! {
     fn rotate_token(x: &[f32], y: &mut [MaybeUninit<f32>], cos: &[f32], sin: &[f32], sign: f32) {

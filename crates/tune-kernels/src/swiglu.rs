@@ -16,9 +16,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{Tensor, activation};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
-use crate::cpu::{self, Unwritten, exp, vectorised};
+use crate::cpu::{self, Unwritten, exp, for_each, vectorised};
 
 /// `silu(gate) · up`, element by element.
 ///
@@ -69,11 +68,10 @@ impl SwiGluKernels for Flex {
         let (gate, up) = (cpu::contiguous(gate), cpu::contiguous(up));
         let shape: [usize; 2] = gate.shape().dims();
         let mut y = Unwritten::new(shape[0] * shape[1]);
-        cpu::values(&gate)
-            .par_chunks(CHUNK)
-            .zip(cpu::values(&up).par_chunks(CHUNK))
-            .zip(y.slots().par_chunks_mut(CHUNK))
-            .for_each(|((gate, up), y)| forward_run(gate, up, y));
+        let inputs = cpu::values::<f32>(&gate).chunks(CHUNK).zip(cpu::values::<f32>(&up).chunks(CHUNK));
+        for_each(inputs.zip(y.slots().chunks_mut(CHUNK)).collect(), |((gate, up), y)| {
+            forward_run(gate, up, y);
+        });
         // SAFETY: the loop has written every element.
         #[allow(unsafe_code)]
         let y = unsafe { y.written() };
@@ -85,13 +83,12 @@ impl SwiGluKernels for Flex {
         let shape: [usize; 2] = gate.shape().dims();
         let mut dgate = Unwritten::new(shape[0] * shape[1]);
         let mut dup = Unwritten::new(shape[0] * shape[1]);
-        cpu::values(&gate)
-            .par_chunks(CHUNK)
-            .zip(cpu::values(&up).par_chunks(CHUNK))
-            .zip(cpu::values(&dy).par_chunks(CHUNK))
-            .zip(dgate.slots().par_chunks_mut(CHUNK))
-            .zip(dup.slots().par_chunks_mut(CHUNK))
-            .for_each(|((((gate, up), dy), dgate), dup)| backward_run(gate, up, dy, dgate, dup));
+        let inputs = cpu::values::<f32>(&gate).chunks(CHUNK).zip(cpu::values::<f32>(&up).chunks(CHUNK));
+        let inputs = inputs.zip(cpu::values::<f32>(&dy).chunks(CHUNK));
+        let outputs = dgate.slots().chunks_mut(CHUNK).zip(dup.slots().chunks_mut(CHUNK));
+        for_each(inputs.zip(outputs).collect(), |(((gate, up), dy), (dgate, dup))| {
+            backward_run(gate, up, dy, dgate, dup);
+        });
         // SAFETY: the loop has written every element of both.
         #[allow(unsafe_code)]
         let (dgate, dup) = unsafe { (dgate.written(), dup.written()) };

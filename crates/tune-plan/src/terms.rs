@@ -29,12 +29,17 @@ const LOSS_CHUNK: u64 = 128;
 /// Logits of a group, of which `bf16` keeps a maximum and a sum. `GROUP` of `tune-kernels`.
 const GROUP: u64 = 32;
 
-/// Most columns and rows of a task's tile, the tasks that a product is cut into for each thread, and the bytes of a
-/// packed block of weights. `MOST_COLUMNS`, `MOST_ROWS`, `TASKS_PER_THREAD` and `Workspace` of `tune-kernels`.
+/// Most columns and rows of a task of a product, rows whose sums it makes at once, and the tasks that a product is cut into
+/// for each thread. `MOST_COLUMNS`, `MOST_ROWS`, `ROWS_AT_ONCE` and `TASKS_PER_THREAD` of `tune-kernels`.
 const TILE_COLUMNS: u64 = 320;
 const TILE_ROWS: u64 = 2048;
+const ROWS_AT_ONCE: u64 = 128;
 const TASKS_PER_THREAD: u64 = 3;
-const PACKED_BLOCK: u64 = 264 << 10;
+
+/// Bytes of packed weights in a task, with processors that have tiles for `bf16`, and the scratch space beside them; and the
+/// bytes that other processors pack at once. `most_packed` of `tune-kernels`.
+const PACKED: u64 = (1024 + 24) << 10;
+const PACKED_AT_ONCE: u64 = 384 << 10;
 
 /// Queries of a key head that one task of attention takes through backward. `TASK_QUERIES` of `tune-kernels`.
 const TASK_QUERIES: u64 = 768;
@@ -209,19 +214,15 @@ impl Counting<'_> {
 
     /// Buffers that each thread keeps from one task to the next.
     fn task_buffers(&self) -> Named {
-        let (input, tokens, threads) = (self.input, self.sizes.tokens, self.input.calibration.threads);
+        let (input, threads) = (self.input, self.input.calibration.threads);
         let s = &input.shape;
         let floats = product(&[threads, PACKED_FLOATS]).saturating_add(product(&[F32, PANEL_FLOATS]));
         let of_floats = format!("a panel of decoded rows, and {threads} threads × 1 MiB");
         if input.dtype == Dtype::F32 {
             return ("task buffers", floats, of_floats);
         }
-        let widest = (2 * s.intermediate_size).max(s.q() + 2 * s.kv());
-        let columns =
-            widest.div_ceil(TASKS_PER_THREAD * threads.max(1)).next_multiple_of(32).min(TILE_COLUMNS);
-        let rows =
-            if input.method == Method::Full { tokens.max(s.vocab_size) } else { tokens }.min(TILE_ROWS);
-        let tile = product(&[rows, columns, F32]).saturating_add(PACKED_BLOCK);
+        let sums = self.largest_sums();
+        let tile = sums.saturating_add(PACKED);
         // Of the longest document, in the backward of attention: keys twice and values; and in f32 the gradients of both,
         // unless the document is so long that they are made in parts.
         let (longest, dim) = (input.data.map_or(input.sequence_len, |data| data.longest), s.head_dim);
@@ -230,13 +231,47 @@ impl Counting<'_> {
         let attention = product(&[longest, dim, 3 * BF16]).saturating_add(product(&[whole, dim, 2 * F32]));
         let bytes = product(&[threads, tile.saturating_add(attention)]);
         let formula = format!(
-            "{threads} threads × ({rows} rows × {columns} × 4 + 264 KiB + ({longest} × 6 + {whole} × 8) × {dim})"
+            "{threads} threads × ({} KiB of sums + 1048 KiB + ({longest} × 6 + {whole} × 8) × {dim})",
+            sums >> 10
         );
         if computes_in_f32(input) {
             // blocks in f32, the loss in bf16
             return ("task buffers", bytes.saturating_add(floats), format!("{formula}, {of_floats}"));
         }
         ("task buffers", bytes, formula)
+    }
+
+    /// Bytes of the sums that a task of a product holds, at most: those of some rows, or of all rows while a factor that is
+    /// too deep to be packed at once goes by.
+    fn largest_sums(&self) -> u64 {
+        let (input, tokens, threads) = (self.input, self.sizes.tokens, self.input.calibration.threads);
+        let s = &input.shape;
+        let (d, f, q, qkv, vocab) =
+            (s.hidden_size, s.intermediate_size, s.q(), s.q() + 2 * s.kv(), s.vocab_size);
+        let chunk = (2 * LOSS_CHUNK).min(self.sizes.targets);
+        // rows, depth and columns: forward and the gradient of the input, then the head's
+        let mut products = vec![
+            (tokens, d, 2 * f),
+            (tokens, d, qkv),
+            (tokens, q, d),
+            (tokens, f, d),
+            (tokens, 2 * f, d),
+            (tokens, qkv, d),
+            (tokens, d, q),
+            (tokens, d, f),
+            (chunk, d, vocab),
+            (chunk, vocab, d),
+        ];
+        if input.method == Method::Full {
+            products.extend([(2 * f, tokens, d), (d, tokens, f), (qkv, tokens, d), (vocab, chunk, d)]);
+        }
+        let sums = products.into_iter().map(|(rows, depth, columns)| {
+            let of_a_task = columns.div_ceil(TASKS_PER_THREAD * threads.max(1));
+            let columns = of_a_task.next_multiple_of(32).min(TILE_COLUMNS);
+            let waits = product(&[depth, columns, BF16]) > PACKED_AT_ONCE;
+            product(&[rows.min(if waits { TILE_ROWS } else { ROWS_AT_ONCE }), columns, F32])
+        });
+        sums.max().unwrap_or(0)
     }
 
     /// Before anything of a model is in memory: of a large vocabulary and a small model it is the most.

@@ -249,6 +249,22 @@ impl StoredMatrix {
         self.decode_with(InstructionSet::best(), row, cols, out);
     }
 
+    /// What the columns `cols` of Hugging Face row `row` are stored as, to be asked for before it is decoded: blocks as in
+    /// [`decode_bf16`](Self::decode_bf16), or the packed codes of NF4.
+    pub fn stored(&self, row: usize, cols: Range<usize>) -> &[u8] {
+        match &self.storage {
+            Storage::Blocks { block_type, bytes } => {
+                let row_start = self.row_order.stored_row(row) * self.cols;
+                let byte_of = |col| block_type.row_bytes(row_start + col).unwrap_or_default();
+                bytes.get(byte_of(cols.start)..byte_of(cols.end)).unwrap_or_default()
+            }
+            Storage::Nf4(nf4) => {
+                let codes = row * self.cols + cols.start..row * self.cols + cols.end;
+                nf4.parts().packed.get(codes.start / 2..codes.end / 2).unwrap_or_default()
+            }
+        }
+    }
+
     /// Decodes the columns `cols` of row `row` by the instructions given, to compare and to measure; as
     /// [`decode_bf16`](Self::decode_bf16) or as [`decode_row`](Self::decode_row).
     pub fn decode_with<T: Decoded>(

@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 use tune_adapters::Dropout;
 use tune_data::MicroBatch;
-use tune_kernels::{Arithmetic, add_embedding_gradient, alias, linear_cross_entropy, seed_gradient};
+use tune_kernels::{Arithmetic, add_embedding_gradient, alias, linear_cross_entropy, on_pool, seed_gradient};
 use tune_memory::end_phase;
 use tune_models::{Block, Context, Layout, Llama, Output};
 
@@ -104,7 +104,7 @@ impl GradientSum {
         let (below, blocks) = model.blocks().split_at(lowest);
         let mut hidden = model.embed(&batch.input_ids);
         for block in below {
-            hidden = block.forward(hidden, &context);
+            hidden = on_pool(|| block.forward(hidden, &context));
             if watch(1).is_break() {
                 return None;
             }
@@ -116,9 +116,9 @@ impl GradientSum {
         for (i, block) in blocks.iter().enumerate() {
             if i < first_graph {
                 kept.push(Kept::Input(hidden.clone().cast(block_input_dtype)));
-                hidden = block.forward(hidden, &context);
+                hidden = on_pool(|| block.forward(hidden, &context));
             } else {
-                let (graph, y) = Graph::of(block, hidden, &context, wants_dx(i));
+                let (graph, y) = on_pool(|| Graph::of(block, hidden, &context, wants_dx(i)));
                 kept.push(Kept::Graph(graph));
                 hidden = y;
             }
@@ -128,7 +128,7 @@ impl GradientSum {
         }
 
         end_phase("forward");
-        let (loss, mut upstream) = self.add_output(model, hidden, trained, pass);
+        let (loss, mut upstream) = on_pool(|| self.add_output(model, hidden, trained, pass));
         end_phase("loss");
         self.blocks.resize_with(blocks.len(), Vec::new);
         for (i, (block, kept)) in blocks.iter().zip(kept).enumerate().rev() {
@@ -137,10 +137,10 @@ impl GradientSum {
                 Kept::Graph(graph) => (graph, BACKWARD),
                 Kept::Input(x) => {
                     let x = x.cast(FloatDType::F32);
-                    (Graph::of(block, x, &context, wants_dx(i)).0, 1 + BACKWARD)
+                    (on_pool(|| Graph::of(block, x, &context, wants_dx(i)).0), 1 + BACKWARD)
                 }
             };
-            let mut tape = seed_gradient(output, dy).backward();
+            let mut tape = on_pool(|| seed_gradient(output, dy).backward());
             upstream = input.grad_remove(&mut tape);
             let parameters = block.parameters_mut(lowest + i);
             let gradients = parameters.into_iter().map(|parameter| gradient(parameter.tensor, &mut tape));

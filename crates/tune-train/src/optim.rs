@@ -5,7 +5,7 @@
 //! by name.
 
 use burn::tensor::{FloatDType, Tensor};
-use tune_kernels::{AdamWFactors, Moments8bit, adamw, adamw_8bit, sum_of_squares};
+use tune_kernels::{AdamWFactors, Moments8bit, adamw, adamw_8bit, on_pool, sum_of_squares};
 
 /// Hyper-parameters; the defaults are torch's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -109,6 +109,10 @@ impl AdamW {
     /// Updates every parameter with its gradient, in `f32` or `bf16`. Both come in the order given to
     /// [`new`](Self::new).
     pub fn step(&mut self, learning_rate: f64, parameters: Vec<&mut Tensor<2>>, gradients: Vec<Tensor<2>>) {
+        on_pool(|| self.step_here(learning_rate, parameters, gradients));
+    }
+
+    fn step_here(&mut self, learning_rate: f64, parameters: Vec<&mut Tensor<2>>, gradients: Vec<Tensor<2>>) {
         assert_eq!(parameters.len(), self.moments.len(), "one parameter for each moment");
         assert_eq!(gradients.len(), self.moments.len(), "one gradient for each moment");
         self.steps += 1;
@@ -149,11 +153,8 @@ impl AdamW {
 /// `torch.nn.utils.clip_grad_norm_`. Returns the norm before clipping. Gradients in `bf16` are counted as they are and
 /// scaled in `f32`.
 pub fn clip_grad_norm(gradients: &mut [Tensor<2>], max_norm: f64) -> f64 {
-    let norm = gradients
-        .iter()
-        .map(|gradient| sum_of_squares(&gradient.clone().cast(FloatDType::F32)))
-        .sum::<f64>()
-        .sqrt();
+    let squares = |gradient: &Tensor<2>| sum_of_squares(&gradient.clone().cast(FloatDType::F32));
+    let norm = on_pool(|| gradients.iter().map(squares).sum::<f64>()).sqrt();
     let factor = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && factor < 1.0 {
         for gradient in gradients {

@@ -6,12 +6,11 @@ use std::sync::Arc;
 
 use burn::backend::{Flex, TensorMetadata};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::{AttentionSpan, CausalAttention, CausalAttentionKernels, Heads, Saved};
 use crate::cpu::{
-    self, SharedSlots, Target, Threads, Unwritten, Value, View, ViewMut, as_slots, dot, exp, exp_sum, max,
-    multiply, multiply_add, scale_in_place, vectorised, with_scratch,
+    self, SharedSlots, Target, Threads, Unwritten, Value, View, ViewMut, as_slots, dot, exp, exp_sum,
+    for_each, max, multiply, multiply_add, scale_in_place, vectorised, with_scratch,
 };
 
 /// Queries and keys of a tile of scores: 64 KiB, so that two of them and their inputs stay in the second-level
@@ -51,7 +50,7 @@ impl CausalAttentionKernels for Flex {
             .flat_map(|span| (0..heads.q).map(move |head| (span, head)))
             .flat_map(|(span, head)| query_blocks(span).map(move |queries| (span, head, queries)))
             .collect();
-        tasks.into_par_iter().for_each(|(span, head, queries)| {
+        for_each(tasks, |(span, head, queries)| {
             let (first, rows) = (span.q.start + queries.start, queries.len());
             // SAFETY: spans do not overlap, so no other task has these rows of this head.
             #[allow(unsafe_code)]
@@ -86,7 +85,7 @@ impl CausalAttentionKernels for Flex {
         let (dk_slots, dv_slots) = (SharedSlots::new(as_slots(&mut dk)), SharedSlots::new(as_slots(&mut dv)));
         let tasks: Vec<_> =
             spans.iter().flat_map(|span| (0..heads.q).map(move |head| (span, head))).collect();
-        tasks.into_par_iter().with_max_len(1).for_each(|(span, head)| {
+        for_each(tasks, |(span, head)| {
             let column = head * heads.dim;
             let keys = span.k.start * features + column;
             // SAFETY: spans do not overlap, so no other task has these rows of this head; dk and dv are written.
@@ -270,6 +269,9 @@ vectorised! {
     }
 }
 
+/// Rows whose heads are worth a thread's while to add up.
+const SUMMED_ROWS: usize = 256;
+
 /// `[rows, heads · dim]` with the heads of each group added up: `[rows, kv_heads · dim]`.
 fn sum_groups(values: Vec<f32>, heads: Heads) -> Vec<f32> {
     if heads.q == heads.kv {
@@ -277,11 +279,13 @@ fn sum_groups(values: Vec<f32>, heads: Heads) -> Vec<f32> {
     }
     let group = heads.q / heads.kv * heads.dim;
     let mut sums = vec![0.0; values.len() / group * heads.dim];
-    let rows = values.par_chunks_exact(group).zip(sums.par_chunks_exact_mut(heads.dim));
-    rows.with_min_len(256).for_each(|(group, sum)| {
-        for head in group.chunks_exact(heads.dim) {
-            for (sum, value) in sum.iter_mut().zip(head) {
-                *sum += value;
+    let tasks = values.chunks(SUMMED_ROWS * group).zip(sums.chunks_mut(SUMMED_ROWS * heads.dim)).collect();
+    for_each(tasks, |(values, sums): (&[f32], &mut [f32])| {
+        for (group, sum) in values.chunks_exact(group).zip(sums.chunks_exact_mut(heads.dim)) {
+            for head in group.chunks_exact(heads.dim) {
+                for (sum, value) in sum.iter_mut().zip(head) {
+                    *sum += value;
+                }
             }
         }
     });

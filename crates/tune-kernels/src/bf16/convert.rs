@@ -1,9 +1,8 @@
 //! Rows between `f32` and `bf16`.
 
 use half::bf16;
-use rayon::prelude::*;
 
-use crate::cpu::vectorised;
+use crate::cpu::{for_each, vectorised};
 
 /// The `f32` of a `bf16`.
 #[inline(always)]
@@ -48,16 +47,15 @@ pub(super) fn transposed(values: &[bf16], rows: usize, cols: usize, stride: usiz
     const BLOCK: usize = 32;
     let depth = rows.next_multiple_of(2);
     let mut out = vec![bf16::ZERO; cols * depth];
-    out.par_chunks_mut((BLOCK * depth).max(1)).zip((0..cols).into_par_iter().step_by(BLOCK)).for_each(
-        |(out, first)| {
-            let width = BLOCK.min(cols - first);
-            for row in 0..rows {
-                for (col, value) in values[row * stride + first..][..width].iter().enumerate() {
-                    out[col * depth + row] = *value;
-                }
+    let blocks = out.chunks_mut((BLOCK * depth).max(1)).zip((0..cols).step_by(BLOCK)).collect();
+    for_each(blocks, |(out, first): (&mut [bf16], usize)| {
+        let width = BLOCK.min(cols - first);
+        for row in 0..rows {
+            for (col, value) in values[row * stride + first..][..width].iter().enumerate() {
+                out[col * depth + row] = *value;
             }
-        },
-    );
+        }
+    });
     out
 }
 

@@ -8,16 +8,18 @@
 use std::mem::MaybeUninit;
 
 use half::bf16;
-use rayon::prelude::*;
 use tune_quant::StoredMatrix;
 
 use super::convert::{round, round_row, transposed, widen};
 use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
 use super::tile::WIDTH;
-use crate::cpu::{Buffer, SharedSlots, Unwritten, ViewMut, add_lanes, as_slots, exp, vectorised};
+use crate::cpu::{Buffer, SharedSlots, Unwritten, ViewMut, add_lanes, as_slots, exp, for_each, vectorised};
 
 /// Ids of a group: the columns of a panel, so that every tile holds whole groups.
 const GROUP: usize = WIDTH;
+
+/// Rows of an element-wise loop that are worth a thread's while.
+const ROWS_OF_A_TASK: usize = 8;
 
 /// The losses of the rows of x `[tokens, d_model]`, and dx when `scale` is given. Then the gradient of the head is
 /// added to `d_head` `[vocab, d_model]`, if there is one.
@@ -129,24 +131,31 @@ impl Chunk {
             }],
             finish: Box::new(|tile| outputs.take(&tile, targets)),
         }]);
-        let rows = self.of_groups.par_chunks_exact(self.groups).zip(&mut self.log_sums);
-        rows.with_min_len(8).for_each(|(groups, log_sum)| {
-            let maximum = groups.iter().fold(f32::NEG_INFINITY, |m, (of_group, _)| m.max(*of_group));
-            let sum: f32 = groups.iter().map(|(of_group, sum)| sum * exp(of_group - maximum)).sum();
-            *log_sum = maximum + sum.ln();
+        let log_sums = self.log_sums.chunks_mut(ROWS_OF_A_TASK);
+        let tasks = self.of_groups.chunks(ROWS_OF_A_TASK * self.groups).zip(log_sums).collect();
+        for_each(tasks, |(groups, log_sums): (&[(f32, f32)], &mut [f32])| {
+            for (groups, log_sum) in groups.chunks_exact(self.groups).zip(log_sums) {
+                let maximum = groups.iter().fold(f32::NEG_INFINITY, |m, (of_group, _)| m.max(*of_group));
+                let sum: f32 = groups.iter().map(|(of_group, sum)| sum * exp(of_group - maximum)).sum();
+                *log_sum = maximum + sum.ln();
+            }
         });
     }
 
     /// Turns what is stored into `scale · (softmax(z) - onehot(target))`.
     fn turn_into_gradient(&mut self, targets: &[u32], scale: f32) {
-        let rows =
-            self.stored.par_chunks_exact_mut(self.stride).zip(self.of_groups.par_chunks_exact(self.groups));
-        let known = targets.par_iter().zip(&self.targets).zip(&self.log_sums);
-        rows.zip(known).with_min_len(8).for_each(|((row, groups), ((target, logit), log_sum))| {
-            for (values, (maximum, _)) in row[..self.vocab].chunks_mut(GROUP).zip(groups) {
-                scale_in_place(values, scale * exp(maximum - log_sum));
+        let tasks = self.stored.chunks_mut(ROWS_OF_A_TASK * self.stride).zip((0..).step_by(ROWS_OF_A_TASK));
+        for_each(tasks.collect(), |(rows, first): (&mut [bf16], usize)| {
+            for (row, (i, target)) in
+                rows.chunks_exact_mut(self.stride).zip(targets.iter().enumerate().skip(first))
+            {
+                let (logit, log_sum) = (self.targets[i], self.log_sums[i]);
+                let groups = &self.of_groups[i * self.groups..][..self.groups];
+                for (values, (maximum, _)) in row[..self.vocab].chunks_mut(GROUP).zip(groups) {
+                    scale_in_place(values, scale * exp(maximum - log_sum));
+                }
+                row[*target as usize] = round(scale * (exp(logit - log_sum) - 1.0));
             }
-            row[*target as usize] = round(scale * (exp(logit - log_sum) - 1.0));
         });
     }
 

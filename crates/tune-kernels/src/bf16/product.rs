@@ -4,33 +4,49 @@
 //! C = Σᵢ Aᵢ Bᵢ        Aᵢ [m, kᵢ] in memory as bf16; Bᵢ [kᵢ, n] or [n, kᵢ]ᵀ, decoded block by block
 //! ```
 //!
-//! A task makes some columns of C. It takes the depth in blocks: packs a block of B into panels once, multiplies
-//! all its rows of A with them, and at the end hands the finished sums on, which writes them in whatever form is
-//! wanted. So a low-rank update, a bias, a residual or an activation costs no pass of its own over C. Every
+//! A task makes some columns of C. It packs B into panels once, block of the depth by block, multiplies some rows of A
+//! after others with them, and hands the finished sums of these rows on while they are in the cache, to be written in
+//! whatever form is wanted. So a low-rank update, a bias, a residual or an activation costs no pass of its own over C.
+//! Where B is too deep to be packed at once, that is done in portions, and sums of all rows wait for the last. Every
 //! element is summed over the same blocks in the same order, whatever the number of tasks.
 
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 use tune_quant::StoredMatrix;
 
 use super::convert::round_row;
-use super::tile::{PairedRows, PanelRow, Panels, Sums, WIDTH, height, multiply, pack_columns, pack_row_pair};
-use crate::cpu::{Buffer, with_buffers};
+use super::tile::{
+    PairedRows, PanelRow, Panels, Sums, WIDTH, has_tiles, height, multiply, pack_columns, pack_row_pair,
+};
+use crate::cpu::{Buffer, for_each, prefetch, with_buffers};
 
 /// Largest depth of a block: a panel of it takes 24 KiB, so it stays in the first-level cache.
 const BLOCK_DEPTH: usize = 384;
 
-/// Most columns of a task: the packed block of them takes 240 KiB of the second-level cache.
+/// Most columns of a task: a packed block of them takes 240 KiB.
 const MOST_COLUMNS: usize = 320;
 
-/// Most rows of a task: its sums take 2.5 MiB, whatever the number of tokens or, in the gradient of a head, of ids. The
-/// block of columns is packed again for each task, which is little beside so many rows.
+/// Most rows of a task: where sums have to wait, they take 2.5 MiB, whatever the number of tokens or, in the gradient of a
+/// head, of ids. Columns are packed again for each task, which is little beside so many rows.
 const MOST_ROWS: usize = 2048;
+
+/// Rows whose sums are made at once: with [`MOST_COLUMNS`] they take 160 KiB of the second-level cache.
+const ROWS_AT_ONCE: usize = 128;
+
+/// Pairs of rows of panels that are packed at once, so many that they stay in the second-level cache: 1 MiB of the 2 that
+/// processors with tiles have, and less of that of others.
+fn most_packed() -> usize {
+    let bytes = if has_tiles() { 1 << 20 } else { 384 << 10 };
+    bytes / size_of::<PanelRow>()
+}
 
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 3;
+
+/// Rows of a stored matrix after the one that is read, of which the processor is told then: it foresees what follows in
+/// memory, and these parts of rows do not.
+const ROWS_AHEAD: usize = 6;
 
 /// Panels that are multiplied with the same rows of A, so that it is worth while to copy these where they lie badly.
 const FEWEST_PANELS_TO_GATHER: usize = 3;
@@ -98,7 +114,12 @@ impl Source<'_> {
     /// The columns `cols` of row `row`.
     fn read(&self, row: usize, cols: Range<usize>, out: &mut [bf16]) {
         match self {
-            Self::Stored(matrix) => matrix.decode_bf16(row, cols, out),
+            Self::Stored(matrix) => {
+                if row + ROWS_AHEAD < matrix.rows() {
+                    prefetch(matrix.stored(row + ROWS_AHEAD, cols.clone()));
+                }
+                matrix.decode_bf16(row, cols, out);
+            }
             Self::Floats { values, cols: width } => round_row(&values[row * width..][cols], out),
             Self::Halves { values, stride, .. } => out.copy_from_slice(&values[row * stride..][cols]),
         }
@@ -193,7 +214,7 @@ pub(super) fn run(products: &[Product]) {
             }
         }
     }
-    tasks.into_par_iter().with_max_len(1).for_each(|(product, rows, cols)| {
+    for_each(tasks, |(product, rows, cols)| {
         with_buffers(|workspace: &mut Workspace| make_tile(product, rows, cols, workspace));
     });
 }
@@ -209,38 +230,89 @@ struct Workspace {
     sums: Buffer<f32>,
 }
 
+/// A block of the depth of a term.
+struct Block<'a> {
+    term: &'a Term<'a>,
+    depth: Range<usize>,
+}
+
+impl Block<'_> {
+    fn pairs(&self) -> usize {
+        self.depth.len().div_ceil(2)
+    }
+}
+
 fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspace: &mut Workspace) {
     let stride = cols.len().next_multiple_of(WIDTH);
+    let panels_of_a_block = stride / WIDTH;
+    let blocks = product.terms.iter().flat_map(|term| term.blocks().map(move |depth| Block { term, depth }));
+    let portions = portions(blocks, most_packed() / panels_of_a_block);
     let Workspace { panels, decoded, padded, rows: gathered, sums } = workspace;
-    let sums = sums.take(rows.len() * stride);
-    let mut accumulate = false;
-    for term in &product.terms {
-        let a = term.a.slice_rows(rows.clone(), padded);
-        for block in term.blocks() {
-            let pairs = block.len().div_ceil(2);
-            let count = stride / WIDTH;
-            let panels = panels.take(count * pairs);
-            pack(term.b, block.clone(), cols.clone(), decoded, panels);
-            let panels = Panels::new(panels, pairs);
-            let a = PairedRows::new(&a.values[block.start.min(a.values.len())..], a.stride);
-            if count >= FEWEST_PANELS_TO_GATHER && a.is_slow() {
-                let height = height();
-                for top in (0..rows.len()).step_by(height) {
-                    let count = height.min(rows.len() - top);
-                    let a = a.gather(top, count, 2 * pairs, gathered);
-                    let mut sums = Sums::new(&mut sums[top * stride..], stride);
-                    multiply(count, a, panels, &mut sums, accumulate);
-                }
-            } else {
-                multiply(rows.len(), a, panels, &mut Sums::new(sums, stride), accumulate);
+    let waits = portions.len() > 1;
+    let sums = sums.take(if waits { rows.len() } else { rows.len().min(ROWS_AT_ONCE) } * stride);
+    for (i, portion) in portions.iter().enumerate() {
+        let panels = panels.take(panels_of_a_block * portion.iter().map(Block::pairs).sum::<usize>());
+        let mut rest = &mut *panels;
+        for block in portion {
+            let of_block = rest.split_off_mut(..panels_of_a_block * block.pairs()).unwrap_or_default();
+            pack(block.term.b, block.depth.clone(), cols.clone(), decoded, of_block);
+        }
+        for top in rows.clone().step_by(ROWS_AT_ONCE) {
+            let rows_at_once = top..rows.end.min(top + ROWS_AT_ONCE);
+            let sums = &mut sums[if waits { (top - rows.start) * stride } else { 0 }..];
+            let mut rest = &*panels;
+            for (j, block) in portion.iter().enumerate() {
+                let of_block;
+                (of_block, rest) = rest.split_at(panels_of_a_block * block.pairs());
+                let of_block = Panels::new(of_block, block.pairs());
+                let a = block.term.a.slice_rows(rows_at_once.clone(), padded);
+                let a = PairedRows::new(&a.values[block.depth.start.min(a.values.len())..], a.stride);
+                let sums = &mut Sums::new(sums, stride);
+                multiply_all(rows_at_once.len(), a, of_block, sums, i + j > 0, gathered);
             }
-            accumulate = true;
+            if portion.is_empty() {
+                sums[..rows_at_once.len() * stride].fill(0.0);
+            }
+            if i + 1 == portions.len() {
+                (product.finish)(Tile { rows: rows_at_once, cols: cols.clone(), values: sums, stride });
+            }
         }
     }
-    if !accumulate {
-        sums.fill(0.0);
+}
+
+/// Blocks in runs of up to `most` pairs together, or of one that has more. There is at least one run.
+fn portions<'a>(blocks: impl Iterator<Item = Block<'a>>, most: usize) -> Vec<Vec<Block<'a>>> {
+    let mut portions = vec![Vec::new()];
+    let mut pairs = 0;
+    for block in blocks {
+        pairs += block.pairs();
+        if pairs > most && portions.last().is_some_and(|portion| !portion.is_empty()) {
+            pairs = block.pairs();
+            portions.push(Vec::new());
+        }
+        portions.last_mut().expect("at least one").push(block);
     }
-    (product.finish)(Tile { rows, cols, values: sums, stride });
+    portions
+}
+
+/// [`multiply`], with rows of A copied first where they lie badly and it is worth while.
+fn multiply_all(
+    count: usize,
+    a: PairedRows,
+    panels: Panels,
+    sums: &mut Sums,
+    accumulate: bool,
+    gathered: &mut Buffer<bf16>,
+) {
+    if panels.count() < FEWEST_PANELS_TO_GATHER || !a.is_slow() {
+        return multiply(count, a, panels, sums, accumulate);
+    }
+    let height = height();
+    for top in (0..count).step_by(height) {
+        let count = height.min(count - top);
+        let a = a.gather(top, count, 2 * panels.pairs(), gathered);
+        multiply(count, a, panels, &mut sums.below(top), accumulate);
+    }
 }
 
 /// Packs rows `block`, columns `cols` of B into panels of `block.len() / 2` pairs each.

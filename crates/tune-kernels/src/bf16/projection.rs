@@ -31,11 +31,10 @@ use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_e
 use burn::tensor::{DType, Device, Tensor};
 use burn_flex::FlexTensor;
 use half::bf16;
-use rayon::prelude::*;
 
 use super::convert::{round, round_row, transposed, widen};
 use super::product::{Factor, Operand, Product, Source, Term, Tile, run};
-use crate::cpu::{self, SharedSlots, Unwritten, exp, vectorised};
+use crate::cpu::{self, SharedSlots, Unwritten, exp, for_each, map, prefetch_part, vectorised};
 use crate::{FrozenVector, FrozenWeight, Vector, Weight};
 
 /// What the layers read.
@@ -345,8 +344,9 @@ impl ProjectKernels for Flex {
         let y = if spec.has_residual {
             let residual: &[f32] = cpu::values(&residual);
             output::<f32>(tokens, &spec, &pair_views, u, &h, |row, cols, sums, bias, out| {
-                let residual = &residual[row * spec.d_out()..][cols];
-                add_into(sums, bias, residual, out);
+                let first = row * spec.d_out() + cols.start;
+                prefetch_part(residual, first + ROWS_AHEAD * spec.d_out(), cols.len());
+                add_into(sums, bias, &residual[first..first + cols.len()], out);
             })
         } else {
             output::<bf16>(tokens, &spec, &pair_views, u, &h, |_, _, sums, bias, out| {
@@ -637,16 +637,20 @@ fn transform(
             let x: &[f32] = cpu::values(x);
             let (mut scaled, mut u) = (Unwritten::<bf16>::new(x.len()), Unwritten::<bf16>::new(x.len()));
             let mut inverse_rms = Unwritten::<f32>::new(tokens);
-            x.par_chunks_exact(width.max(1))
-                .zip(scaled.slots().par_chunks_exact_mut(width.max(1)))
-                .zip(u.slots().par_chunks_exact_mut(width.max(1)))
-                .zip(inverse_rms.slots())
-                .with_min_len(ROWS_OF_A_TASK)
-                .for_each(|(((x, scaled), u), r)| {
-                    let inverse_rms = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
-                    r.write(inverse_rms);
-                    normalise(x, inverse_rms, gain, scaled, u);
-                });
+            let task = ROWS_OF_A_TASK * width.max(1);
+            let outputs = scaled.slots().chunks_mut(task).zip(u.slots().chunks_mut(task));
+            let tasks = x.chunks(task).zip(inverse_rms.slots().chunks_mut(ROWS_OF_A_TASK)).zip(outputs);
+            for_each(
+                tasks.collect(),
+                |((x, inverse_rms), (scaled, u)): ((&[f32], &mut [_]), (&mut [_], &mut [_]))| {
+                    let rows = scaled.chunks_exact_mut(width).zip(u.chunks_exact_mut(width));
+                    for ((x, r), (scaled, u)) in x.chunks_exact(width).zip(inverse_rms).zip(rows) {
+                        let inverse_rms = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
+                        r.write(inverse_rms);
+                        normalise(x, inverse_rms, gain, scaled, u);
+                    }
+                },
+            );
             // SAFETY: the loop has written every row and every r.
             #[allow(unsafe_code)]
             let (scaled, u, inverse_rms) = unsafe { (scaled.written(), u.written(), inverse_rms.written()) };
@@ -664,17 +668,19 @@ fn again(input: &FlexTensor, transform: &Transform) -> Option<Vec<bf16>> {
     };
     let d_in = if matches!(transform, Transform::SwiGlu) { width / 2 } else { width };
     let mut u = Unwritten::<bf16>::new(tokens * d_in);
-    input
-        .par_chunks_exact(width.max(1))
-        .zip(u.slots().par_chunks_exact_mut(d_in.max(1)))
-        .with_min_len(ROWS_OF_A_TASK)
-        .for_each(|(input, u)| match transform {
-            Transform::Norm { gain, .. } => multiply_into(input, gain, u),
-            Transform::Plain | Transform::SwiGlu => {
-                let (gate, up) = input.split_at(d_in);
-                activate(gate, up, u);
+    let [input_task, u_task] = [width, d_in].map(|cols| ROWS_OF_A_TASK * cols.max(1));
+    let tasks = input.chunks(input_task).zip(u.slots().chunks_mut(u_task)).collect();
+    for_each(tasks, |(input, u): (&[bf16], &mut [_])| {
+        for (input, u) in input.chunks_exact(width).zip(u.chunks_exact_mut(d_in)) {
+            match transform {
+                Transform::Norm { gain, .. } => multiply_into(input, gain, u),
+                Transform::Plain | Transform::SwiGlu => {
+                    let (gate, up) = input.split_at(d_in);
+                    activate(gate, up, u);
+                }
             }
-        });
+        }
+    });
     // SAFETY: the loop has written every row.
     #[allow(unsafe_code)]
     Some(unsafe { u.written() })
@@ -682,6 +688,9 @@ fn again(input: &FlexTensor, transform: &Transform) -> Option<Vec<bf16>> {
 
 /// Rows of an element-wise loop that are worth a thread's while.
 const ROWS_OF_A_TASK: usize = 16;
+
+/// Rows of which a tile reads a part are asked for so many rows before.
+const ROWS_AHEAD: usize = 3;
 
 /// The gradient of x, on its way from that of u.
 enum DInput {
@@ -728,6 +737,9 @@ impl DInput {
                     for row in tile.rows.clone() {
                         let first = row * 2 * d_in + tile.cols.start;
                         let (gate, up) = (&input[first..], &input[first + d_in..]);
+                        let ahead = first + ROWS_AHEAD * 2 * d_in;
+                        prefetch_part(input, ahead, tile.cols.len());
+                        prefetch_part(input, ahead + d_in, tile.cols.len());
                         // SAFETY: tiles cover C once, so no other task has these columns of gate, up and u.
                         #[allow(unsafe_code)]
                         let (d_gate, d_up, u) = unsafe {
@@ -775,11 +787,19 @@ impl DInput {
                 let gain = wants_gain
                     .then(|| cpu::from_values(gain_gradient(&dx, cpu::values(input), d_in), [1, d_in]));
                 if let Transform::Norm { gain, .. } = &spec.transform {
-                    dx.par_chunks_exact_mut(d_in.max(1))
-                        .zip(cpu::values::<bf16>(input).par_chunks_exact(d_in.max(1)))
-                        .zip(cpu::values::<f32>(inverse_rms))
-                        .with_min_len(ROWS_OF_A_TASK)
-                        .for_each(|((dx, scaled), r)| normalise_backward(dx, scaled, gain, *r));
+                    let task = ROWS_OF_A_TASK * d_in.max(1);
+                    let inverse_rms = cpu::values::<f32>(inverse_rms).chunks(ROWS_OF_A_TASK);
+                    let tasks =
+                        dx.chunks_mut(task).zip(cpu::values::<bf16>(input).chunks(task)).zip(inverse_rms);
+                    for_each(
+                        tasks.collect(),
+                        |((dx, scaled), inverse_rms): ((&mut [f32], &[bf16]), &[f32])| {
+                            let rows = dx.chunks_exact_mut(d_in).zip(scaled.chunks_exact(d_in));
+                            for ((dx, scaled), r) in rows.zip(inverse_rms) {
+                                normalise_backward(dx, scaled, gain, *r);
+                            }
+                        },
+                    );
                 }
                 (Some(cpu::from_values(dx, [tokens, d_in])), gain)
             }
@@ -804,7 +824,7 @@ fn gain_gradient(du: &[f32], scaled: &[bf16], d_in: usize) -> Vec<f32> {
         sums
     };
     let len = (ROWS * d_in).max(1);
-    let groups: Vec<Vec<f32>> = du.par_chunks(len).zip(scaled.par_chunks(len)).map(of_group).collect();
+    let groups: Vec<Vec<f32>> = map(du.chunks(len).zip(scaled.chunks(len)).collect(), of_group);
     let mut sums = vec![0.0; d_in];
     for group in groups {
         sums.iter_mut().zip(group).for_each(|(sum, of_group)| *sum += of_group);
@@ -854,7 +874,8 @@ fn write_transposed(out: SharedSlots, rank: usize, tile: &Tile) {
 fn rounded(values: &[f32]) -> Vec<bf16> {
     const CHUNK: usize = 16 * 1024;
     let mut out = vec![bf16::ZERO; values.len()];
-    out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(out, values)| round_row(values, out));
+    let tasks = out.chunks_mut(CHUNK).zip(values.chunks(CHUNK)).collect();
+    for_each(tasks, |(out, values): (&mut [bf16], &[f32])| round_row(values, out));
     out
 }
 

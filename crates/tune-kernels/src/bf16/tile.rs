@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use crate::cpu::{Buffer, InstructionSet, vectorised};
+use crate::cpu::{Buffer, InstructionSet, prefetch_part, vectorised};
 
 /// Columns of a panel.
 pub(super) const WIDTH: usize = 32;
@@ -59,7 +59,8 @@ impl<'a> PairedRows<'a> {
         has_tiles() && (crosses || stride.is_multiple_of(PLACES))
     }
 
-    /// The first `depth` values of `count` rows from row `top` on, copied to `buffer`.
+    /// The first `depth` values of `count` rows from row `top` on, copied to `buffer`; those of the next rows are asked
+    /// for.
     pub(super) fn gather(
         self,
         top: usize,
@@ -70,7 +71,8 @@ impl<'a> PairedRows<'a> {
         let stride = depth.next_multiple_of(WIDTH);
         let gathered = buffer.take(count * stride);
         let rows = self.values[top * self.stride..].chunks(self.stride);
-        for (row, out) in rows.zip(gathered.chunks_exact_mut(stride)) {
+        for ((i, row), out) in rows.enumerate().zip(gathered.chunks_exact_mut(stride)) {
+            prefetch_part(self.values, (top + count + i) * self.stride, depth);
             out[..depth].copy_from_slice(&row[..depth]);
         }
         PairedRows { values: gathered, stride }
@@ -98,11 +100,11 @@ impl<'a> Panels<'a> {
         Self { first: self.first + pairs.start, pairs: pairs.len(), ..self }
     }
 
-    fn pairs(self) -> usize {
+    pub(super) fn pairs(self) -> usize {
         self.pairs
     }
 
-    fn count(self) -> usize {
+    pub(super) fn count(self) -> usize {
         self.rows.len() / self.stride.max(1)
     }
 
@@ -122,6 +124,11 @@ impl<'a> Sums<'a> {
     /// `values` from the first sum of the first row on.
     pub(super) fn new(values: &'a mut [f32], stride: usize) -> Self {
         Self { values, stride }
+    }
+
+    /// Those of the rows from `top` on.
+    pub(super) fn below(&mut self, top: usize) -> Sums<'_> {
+        Sums { values: &mut self.values[top * self.stride..], stride: self.stride }
     }
 }
 

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::buffer::SharedSlots;
+use super::team::for_each;
 
 /// Whether a product may use the whole thread pool.
 #[derive(Clone, Copy, Debug)]
@@ -210,18 +211,16 @@ unsafe fn multiply_into(out: &mut ViewMut, accumulate: bool, scale: f32, a: View
     if m == 0 || n == 0 {
         return;
     }
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(0),
-    };
-    // SAFETY: the views were checked against their slices when they were made, the shapes agree, and `out` is
-    // exclusive and, if it is read, written.
-    unsafe {
+    let out = Out { start: out.start, row_stride: out.row_stride };
+    // SAFETY: the views were checked against their slices when they were made, the shapes agree, and `out` is exclusive
+    // and, if it is read, written; parts of it are disjoint.
+    let part = |rows: Range<usize>, cols: Range<usize>| unsafe {
+        let (a, b) = (a.slice_rows(rows.clone()), b.slice_cols(cols.clone()));
         gemm::gemm(
-            m,
-            n,
+            rows.len(),
+            cols.len(),
             k,
-            out.start,
+            out.at(rows.start, cols.start),
             1,
             out.row_stride as isize,
             accumulate,
@@ -236,9 +235,48 @@ unsafe fn multiply_into(out: &mut ViewMut, accumulate: bool, scale: f32, a: View
             false,
             false,
             false,
-            parallelism,
+            gemm::Parallelism::None,
         );
+    };
+    match threads {
+        Threads::One => part(0..m, 0..n),
+        Threads::All => {
+            for_each(parts(m, k, n), |(rows, cols)| part(rows, cols));
+        }
     }
+}
+
+/// Where a product goes: rows of contiguous values.
+#[derive(Clone, Copy)]
+struct Out {
+    start: *mut f32,
+    row_stride: usize,
+}
+
+// SAFETY: parts of a product write different elements.
+#[allow(unsafe_code)]
+unsafe impl Send for Out {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Out {}
+
+impl Out {
+    fn at(&self, row: usize, col: usize) -> *mut f32 {
+        self.start.wrapping_add(row * self.row_stride + col)
+    }
+}
+
+/// Rows and columns of the parts of a product that threads make: of the longer side, since each part packs what it reads of
+/// the other once more. How the depth is summed does not depend on them.
+fn parts(m: usize, k: usize, n: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    const WORK: usize = 1 << 20;
+    const GRANULARITY: usize = 48;
+    let wanted = (m * k * n / WORK).clamp(1, 2 * rayon::current_num_threads());
+    let cut = |len: usize| {
+        let part = len.div_ceil(wanted).next_multiple_of(GRANULARITY);
+        (0..len).step_by(part).map(move |first| first..len.min(first + part))
+    };
+    if m < n { cut(n).map(|cols| (0..m, cols)).collect() } else { cut(m).map(|rows| (rows, 0..n)).collect() }
 }
 
 fn assert_fits(len: usize, rows: usize, cols: usize, row_stride: usize) {

@@ -3,17 +3,20 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use rayon::prelude::*;
 use tune_quant::{BlockType, RowOrder, Storage, StoredMatrix};
 
 use super::buffer::with_scratch;
 use super::matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
 use super::matvec::{FewRows, MAX_ROWS};
+use super::team::for_each;
 
 /// Floats of a decoded panel: 2 MiB, small enough for the last-level cache, large enough that waiting for the
 /// other threads after each panel costs nothing.
 const PANEL_FLOATS: usize = 512 * 1024;
 const MIN_PANEL_ROWS: usize = 32;
+
+/// Rows that are worth a thread's while to decode.
+const DECODED_ROWS: usize = 8;
 
 /// Weights of a task when `x` has few rows: about 5 µs, so that handing a task over costs little beside it.
 const FEW_ROWS_TASK: usize = 64 * 1024;
@@ -30,8 +33,10 @@ pub(crate) fn for_each_panel(w: &StoredMatrix, mut work: impl FnMut(Range<usize>
     with_scratch(panel_rows.min(rows) * cols, |panel| {
         for range in ranges {
             let panel = &mut panel[..range.len() * cols];
-            panel.par_chunks_exact_mut(cols).enumerate().with_min_len(8).for_each(|(i, row)| {
-                w.decode_row(range.start + i, row);
+            let tasks =
+                panel.chunks_mut(DECODED_ROWS * cols).zip(range.clone().step_by(DECODED_ROWS)).collect();
+            for_each(tasks, |(rows, first): (&mut [f32], usize)| {
+                rows.chunks_exact_mut(cols).zip(first..).for_each(|(row, i)| w.decode_row(i, row));
             });
             work(range.clone(), View::new(panel, range.len(), cols));
         }
@@ -81,9 +86,8 @@ fn few_rows_times_transposed<'a>(x: View, w: &StoredMatrix, out: Target<'a>) -> 
     let x = FewRows::new((0..m).map(|t| x.row(t)), d_in);
     let task_rows = (FEW_ROWS_TASK / d_in.max(1)).max(1);
     with_scratch(d_out * m, |products| {
-        products.par_chunks_mut(task_rows * m).enumerate().for_each(|(task, products)| {
-            x.times(w, task * task_rows, products);
-        });
+        let tasks = products.chunks_mut(task_rows * m).enumerate().collect();
+        for_each(tasks, |(task, products): (usize, &mut [f32])| x.times(w, task * task_rows, products));
         out.fill_with(|t, i| products[i * m + t])
     })
 }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::backward::{Source, pull_back};
 use super::forward::{self, attend};
@@ -17,7 +16,7 @@ use super::operands::{Input, rotate_back, scale_row};
 use super::{Layout, Saved, SelfAttention, SelfAttentionKernels};
 use crate::attention::clear_uncovered;
 use crate::bf16::tile::WIDTH;
-use crate::cpu::{self, SharedSlots, Unwritten, vectorised, with_scratch};
+use crate::cpu::{self, SharedSlots, Unwritten, map, vectorised, with_scratch};
 use crate::{AttentionSpan, RotaryTable};
 
 /// Queries of a task, all heads of a group taken together: enough that packing the keys is a small part of it, and
@@ -169,13 +168,10 @@ fn tasks<I: IntoIterator<Item = Range<usize>>>(
 
 /// The results of `work`, in the order of `tasks`.
 fn for_each<R: Send>(tasks: Vec<Task>, work: impl Fn(&Task) -> R + Sync) -> Vec<(Task, R)> {
-    // tasks are of very different size, but thousands of them need not be shared out one by one
-    let most = tasks.len().div_ceil(64 * rayon::current_num_threads());
-    let run = |task: Task| {
+    map(tasks, |task| {
         let result = work(&task);
         (task, result)
-    };
-    tasks.into_par_iter().with_max_len(most).map(run).collect()
+    })
 }
 
 /// Divides the queries of a document into parts that take about the same time: a query meets all keys before it.
@@ -201,7 +197,7 @@ fn add_parts(parts: &[(Task, Vec<f32>)], wide: usize, finish: impl Fn(usize, usi
         .filter(|parts| parts.len() > 1)
         .flat_map(|parts| (0..parts[0].0.document.len()).step_by(ROWS).map(move |first| (parts, first)))
         .collect();
-    blocks.into_par_iter().for_each(|(parts, first)| {
+    cpu::for_each(blocks, |(parts, first): (&[(Task, Vec<f32>)], usize)| {
         let Task { document, kv_head, .. } = &parts[0].0;
         with_scratch(2 * wide, |sum| {
             for key in first..document.len().min(first + ROWS) {

@@ -6,17 +6,19 @@
 //! ```
 //!
 //! A row of a panel is a row of `tmm6` beside one of `tmm7`, so all tiles are read where they lie. Rows and pairs
-//! that are left over have tiles of their size. Departures from AVX-512: sums of one pair are not rounded in
+//! that are left over have tiles of their size. While a row of tiles is made, the rows of A for the next are asked for. Departures from AVX-512: sums of one pair are not rounded in
 //! between, and denormal factors and sums count as zeros.
 //!
 //! Compilers know these instructions on nightly only, hence assembly. Intel 64 and IA-32 Architectures
 //! Optimization Reference Manual, chapter 20; Linux, Documentation/arch/x86/xstate.rst.
 
 use std::arch::asm;
+use std::ops::Range;
 
 use half::bf16;
 
 use super::{Panels, WIDTH};
+use crate::cpu::prefetch;
 
 /// Rows of the largest tile.
 pub(super) const HEIGHT: usize = 2 * TILE_ROWS;
@@ -47,7 +49,14 @@ pub(super) unsafe fn multiply(
         for top in (0..count).step_by(HEIGHT) {
             let height = HEIGHT.min(count - top);
             shapes.become_those_of(height, step);
-            for (panel, left) in panels.each().zip((0..).step_by(WIDTH)) {
+            let next = top + height..count.min(top + height + HEIGHT);
+            for (i, (panel, left)) in panels.each().zip((0..).step_by(WIDTH)).enumerate() {
+                for row in share_of(&next, i, panels.count()) {
+                    // SAFETY: the caller vouches for the rows.
+                    prefetch(unsafe {
+                        std::slice::from_raw_parts(rows.add(row * row_stride + depth), 2 * panels.pairs())
+                    });
+                }
                 // SAFETY: the caller vouches for the rows and the sums, of which the shapes are.
                 unsafe {
                     let tile = Tile {
@@ -65,6 +74,11 @@ pub(super) unsafe fn multiply(
         }
     }
     Shapes::release();
+}
+
+/// Part `i` of `count` of `rows`.
+fn share_of(rows: &Range<usize>, i: usize, count: usize) -> Range<usize> {
+    rows.start + rows.len() * i / count..rows.start + rows.len() * (i + 1) / count
 }
 
 /// The shapes of the tile registers, as `ldtilecfg` takes them.

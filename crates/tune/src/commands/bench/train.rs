@@ -245,26 +245,27 @@ struct StepTimes {
 
 impl Watch {
     fn note(&mut self, event: Event) {
-        let cpu_seconds = machine::cpu_seconds();
         match event {
             Event::Started { trainable_parameters, .. } => {
                 self.trainable_parameters = trainable_parameters;
                 self.seconds_to_first_step = machine::age().as_secs_f64();
+                self.cpu_seconds = machine::cpu_seconds();
             }
             Event::Step(step) => {
+                let now = machine::cpu_seconds();
                 self.steps.push(StepTimes {
                     seconds: step.tokens as f64 / step.tokens_per_second,
-                    cpu_seconds: cpu_seconds.zip(self.cpu_seconds).map(|(now, before)| now - before),
+                    cpu_seconds: now.zip(self.cpu_seconds).map(|(now, before)| now - before),
                     loss: step.loss,
                 });
                 self.peak_rss_bytes = step.peak_memory_bytes;
+                self.cpu_seconds = now;
             }
             Event::OverBudget { .. }
             | Event::Progress { .. }
             | Event::Saved { .. }
             | Event::StoppedEarly { .. } => {}
         }
-        self.cpu_seconds = cpu_seconds;
     }
 }
 
@@ -310,6 +311,17 @@ fn name(value: &impl Serialize) -> String {
 mod tests {
     use super::*;
     use tune_formats::Architecture;
+
+    #[test]
+    fn processor_time_of_a_step_counts_from_the_step_before() {
+        let mut watch = Watch::default();
+        let started =
+            Event::Started { total_steps: 1, resumed_from: 0, trainable_parameters: 1, base_parameters: 1 };
+        watch.note(started);
+        let before = watch.cpu_seconds;
+        watch.note(Event::Progress { step: 1, share: 0.5 });
+        assert_eq!(watch.cpu_seconds, before);
+    }
 
     /// 49,152 × 576 embeddings, 30 blocks, tied head; 4,884,480 adapter parameters at r = 16.
     #[test]
