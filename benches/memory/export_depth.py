@@ -11,6 +11,7 @@ milliseconds, in MiB. Linux only. Needs numpy and safetensors (tests/e2e/require
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,7 @@ def main():
                 call = [arguments.tune, "export", adapter, "--base", model, "--to", target, "--out", out / target[:4],
                         "--verify", arguments.verify, "--min-retention", "-9"]
                 found[blocks, target] = peaks([str(part) for part in call])
-                subprocess.run(["rm", "-rf", str(out)], check=True)
+                shutil.rmtree(out)
             model.unlink()
     heads = [f"{blocks} blocks: anonymous, mapped" for blocks in depths]
     print("| target | " + " | ".join(heads) + " |")

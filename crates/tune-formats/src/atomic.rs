@@ -147,9 +147,7 @@ fn write_pieces(mut file: NamedTempFile, pieces: &Receiver<ByteView>) -> io::Res
     for piece in pieces {
         file.write_all(&piece)?;
         piece.release();
-        if std::env::var_os("NOSFR").is_none() {
-            begin_writing_back(file.as_file(), at, piece.len());
-        }
+        begin_writing_back(file.as_file(), at, piece.len());
         at += piece.len() as u64;
     }
     Ok(file)

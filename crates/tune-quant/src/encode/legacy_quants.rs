@@ -215,15 +215,7 @@ fn magnitudes<L: Lanes>(blocks: &[[f32; LEN]]) -> L {
             *magnitude = magnitude.max(L::load_values(&block[from..]).abs());
         }
     }
-    // Halving the vectors, as often as leads to one, ends with the blocks in their order.
-    for halvings in 1..=L::LANES.ilog2() {
-        let rows = L::LANES >> halvings;
-        for i in 0..rows {
-            let (a, b) = magnitudes[i].interleave(magnitudes[i + rows]);
-            magnitudes[i] = a.max(b);
-        }
-    }
-    magnitudes[0]
+    of_rows(&mut magnitudes, L::max)
 }
 
 /// As [`magnitudes`], the smallest and the largest values.
@@ -237,16 +229,22 @@ fn range_of_lanes<L: Lanes>(blocks: &[[f32; LEN]]) -> (L, L) {
             (*low, *high) = (low.min(values), high.max(values));
         }
     }
+    (of_rows(&mut lows, L::min), of_rows(&mut highs, L::max))
+}
+
+/// What `combine` makes of all lanes of each row, for as many rows as there are lanes, in their order. What is in `rows` is
+/// used up.
+#[inline(always)]
+fn of_rows<L: Lanes + Copy>(rows: &mut [L; SIDE_BY_SIDE], combine: impl Fn(L, L) -> L) -> L {
+    // Halving the vectors, as often as leads to one, ends with the rows in their order.
     for halvings in 1..=L::LANES.ilog2() {
-        let rows = L::LANES >> halvings;
-        for i in 0..rows {
-            let (a, b) = lows[i].interleave(lows[i + rows]);
-            lows[i] = a.min(b);
-            let (a, b) = highs[i].interleave(highs[i + rows]);
-            highs[i] = a.max(b);
+        let left = L::LANES >> halvings;
+        for i in 0..left {
+            let (a, b) = rows[i].interleave(rows[i + left]);
+            rows[i] = combine(a, b);
         }
     }
-    (lows[0], highs[0])
+    rows[0]
 }
 
 #[inline(always)]

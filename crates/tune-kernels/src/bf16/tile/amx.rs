@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A row of a panel is a row of `tmm6` beside one of `tmm7`, so all tiles are read where they lie. Rows and pairs
-//! that are left over have tiles of their size. While a row of tiles is made, the rows of A for the next are asked for. Departures from AVX-512: sums of one pair are not rounded in
-//! between, and denormal factors and sums count as zeros.
+//! that are left over have tiles of their size. While a row of tiles is made, the rows of A for the next are asked for.
+//! Departures from AVX-512: sums of one pair are not rounded in between, and denormal factors and sums count as zeros.
 //!
 //! Compilers know these instructions on nightly only, hence assembly. Intel 64 and IA-32 Architectures
 //! Optimization Reference Manual, chapter 20; Linux, Documentation/arch/x86/xstate.rst.

@@ -18,7 +18,7 @@ use tune_data::{ChatTemplate, Clock, Message};
 use tune_export::{ExportReport, ExportTarget, FileType, bos_text, is_same_prompt, ollama_prompt};
 use tune_formats::Source;
 use tune_formats::modelfile::{Modelfile, Parameter};
-use tune_hub::{Blob, HubError, NewModel, OllamaName, OllamaServer, Resolved, Upload};
+use tune_hub::{Blob, HubError, NewModel, OllamaName, OllamaServer, Resolved, ShownModel, Upload};
 use tune_recipe::Verify;
 
 use super::Job;
@@ -236,8 +236,9 @@ impl Creation<'_> {
     /// Compares prompts and probabilities of the server with those of training, and shows an answer.
     fn check(&self, server: &OllamaServer, upload: ExportTarget, report: &ExportReport) -> Result<()> {
         let name = self.target.name.to_string();
+        let shown = server.show(&name)?.unwrap_or_default();
         let spinner = download::spinner(&format!("asking {name}"));
-        let problems = self.prompt_problems(server, &name);
+        let problems = self.prompt_problems(server, &name, &shown);
         let answer = server.chat(&name, &as_hub(&self.question), ANSWER_TOKENS);
         spinner.finish_and_clear();
         let (mut problems, answer) = (problems?, answer?);
@@ -248,11 +249,12 @@ impl Creation<'_> {
             problems.push("its answer to the question above is empty".to_owned());
         }
         if let Some(sent) = report.ollama.as_ref().and_then(|modelfile| modelfile.adapter.as_ref())
-            && server.show(&name)?.is_some_and(|shown| !shown.modelfile.is_empty() && !shown.has_adapter())
+            && !shown.modelfile.is_empty()
+            && !shown.has_adapter()
         {
             problems.push(format!("the server has left out the adapter {sent}"));
         }
-        problems.extend(self.answer_problem(server, &name, upload)?);
+        problems.extend(self.answer_problem(server, &name, &shown, upload)?);
         match (problems.is_empty(), self.verify()) {
             (true, _) | (_, Verify::Off) => {}
             (false, Verify::Warn) => problems.iter().for_each(|problem| eprintln!("warning   {problem}")),
@@ -262,7 +264,7 @@ impl Creation<'_> {
         Ok(())
     }
 
-    fn prompt_problems(&self, server: &OllamaServer, name: &str) -> Result<Vec<String>> {
+    fn prompt_problems(&self, server: &OllamaServer, name: &str, shown: &ShownModel) -> Result<Vec<String>> {
         let base = self.job.base;
         if base.chat_template.is_none() || self.verify() == Verify::Off {
             return Ok(Vec::new());
@@ -270,7 +272,6 @@ impl Creation<'_> {
         let trained = ChatTemplate::from_base(base, self.job.tokenizer, Clock::Fixed)?;
         let today = ChatTemplate::from_base(base, self.job.tokenizer, Clock::Now)?;
         let bos = bos_text(base)?;
-        let shown = server.show(name)?.unwrap_or_default();
         let mut problems = Vec::new();
         let mut untold = false;
         for messages in self.conversations() {
@@ -322,6 +323,7 @@ impl Creation<'_> {
         &self,
         server: &OllamaServer,
         name: &str,
+        shown: &ShownModel,
         upload: ExportTarget,
     ) -> Result<Option<String>> {
         if self.verify() == Verify::Off {
@@ -334,7 +336,6 @@ impl Creation<'_> {
         match agreement {
             Ok(Some(agreement)) => {
                 eprintln!("{agreement}");
-                let shown = server.show(name)?.unwrap_or_default();
                 Ok(agreement.problem(Limits::of_mix(&shown.details.quantization_level)))
             }
             Ok(None) => Ok(None),
