@@ -55,7 +55,7 @@ class Models:
     def export(self, name, kind, out):
         adapter = self.made(self.folder / "zero-adapter", zero_adapter)
         target = kind if kind == "safetensors" else f"gguf:{kind}"
-        command = [self.tune, "export", adapter, "--base", self.path(name, "file"), "--to", target, "--out", out]
+        command = [self.tune, "export", adapter, "--base", self.path(name, "file"), "--to", target, "--out", out, "--verify", "off"]
         subprocess.run([str(part) for part in command], check=True)
 
     def random_gguf(self, name, kind, out):
