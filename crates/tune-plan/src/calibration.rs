@@ -19,6 +19,8 @@ pub struct Calibration {
     pub bytes_per_entry_of_gguf: u64,
     /// The same while it is read from a `tokenizer.json`.
     pub bytes_per_entry_of_json: u64,
+    /// Of weights that a task of a product packs at once: more where the processor multiplies tiles of `bf16`.
+    pub packed_bytes: u64,
     /// Half-width of the range around what is not exact, in thousandths of it.
     pub margin_permille: u64,
     /// Measured on this machine, not shipped.
@@ -29,10 +31,11 @@ pub struct Calibration {
 /// burn's pure-Rust CPU backend, measured on two cores; see docs/memory-measured.md.
 pub const FLEX: Calibration = Calibration {
     threads: 2,
-    process_bytes: 33 << 19,
+    process_bytes: 17 << 20,
     bytes_per_vocabulary_entry: 360,
     bytes_per_entry_of_gguf: 530,
     bytes_per_entry_of_json: 1300,
+    packed_bytes: 384 << 10,
     margin_permille: 50,
     measured_here: false,
 };

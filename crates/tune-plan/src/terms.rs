@@ -36,10 +36,8 @@ const TILE_ROWS: u64 = 2048;
 const ROWS_AT_ONCE: u64 = 128;
 const TASKS_PER_THREAD: u64 = 3;
 
-/// Bytes of packed weights in a task, with processors that have tiles for `bf16`, and the scratch space beside them; and the
-/// bytes that other processors pack at once. `most_packed` of `tune-kernels`.
-const PACKED: u64 = (1024 + 24) << 10;
-const PACKED_AT_ONCE: u64 = 384 << 10;
+/// Scratch space beside the packed weights of a task.
+const SCRATCH: u64 = 24 << 10;
 
 /// Queries of a key head that one task of attention takes through backward. `TASK_QUERIES` of `tune-kernels`.
 const TASK_QUERIES: u64 = 768;
@@ -222,7 +220,8 @@ impl Counting<'_> {
             return ("task buffers", floats, of_floats);
         }
         let sums = self.largest_sums();
-        let tile = sums.saturating_add(PACKED);
+        let packed = input.calibration.packed_bytes;
+        let tile = sums.saturating_add(packed).saturating_add(SCRATCH);
         // Of the longest document, in the backward of attention: keys twice and values; and in f32 the gradients of both,
         // unless the document is so long that they are made in parts.
         let (longest, dim) = (input.data.map_or(input.sequence_len, |data| data.longest), s.head_dim);
@@ -231,8 +230,9 @@ impl Counting<'_> {
         let attention = product(&[longest, dim, 3 * BF16]).saturating_add(product(&[whole, dim, 2 * F32]));
         let bytes = product(&[threads, tile.saturating_add(attention)]);
         let formula = format!(
-            "{threads} threads × ({} KiB of sums + 1048 KiB + ({longest} × 6 + {whole} × 8) × {dim})",
-            sums >> 10
+            "{threads} threads × ({} KiB of sums + {} KiB + ({longest} × 6 + {whole} × 8) × {dim})",
+            sums >> 10,
+            packed.saturating_add(SCRATCH) >> 10
         );
         if computes_in_f32(input) {
             // blocks in f32, the loss in bf16
@@ -268,7 +268,7 @@ impl Counting<'_> {
         let sums = products.into_iter().map(|(rows, depth, columns)| {
             let of_a_task = columns.div_ceil(TASKS_PER_THREAD * threads.max(1));
             let columns = of_a_task.next_multiple_of(32).min(TILE_COLUMNS);
-            let waits = product(&[depth, columns, BF16]) > PACKED_AT_ONCE;
+            let waits = product(&[depth, columns, BF16]) > input.calibration.packed_bytes;
             product(&[rows.min(if waits { TILE_ROWS } else { ROWS_AT_ONCE }), columns, F32])
         });
         sums.max().unwrap_or(0)

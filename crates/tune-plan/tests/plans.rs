@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use tune_plan::advice::Question;
 use tune_plan::memory::Pool;
 use tune_plan::{
-    Answer, DataFacts, FLEX, MemoryPlan, PlanInput, Style, estimate, find_in_catalogue, from_shape,
-    reference, rough,
+    Answer, Calibration, DataFacts, FLEX, MemoryPlan, PlanInput, Style, estimate, find_in_catalogue,
+    from_shape, reference, rough,
 };
 use tune_recipe::{Dtype, Layers, Method, Optimizer, TargetModules};
 
@@ -96,9 +96,16 @@ fn counted_terms_are_equal_to_a_count_by_hand() {
     // dy and its rounded copy; silu(gate) ⊙ up again, d gate and d up.
     assert_eq!(bytes(&plan, "block gradients"), 512 * (4 * 576 + 2 * 576 + 2 * 3 * 1536));
     // Two threads: sums of 96 columns of the gradient of gate's and up's input, for which 3072 rows of weights are more than
-    // some processors pack at once; packed weights; keys twice and values, gradients of keys and values in parts.
-    let tile = 512 * 96 * 4 + (1048 << 10);
+    // this processor packs at once; packed weights; keys twice and values, gradients of keys and values in parts.
+    let tile = 512 * 96 * 4 + ((384 + 24) << 10);
     assert_eq!(bytes(&plan, "task buffers"), 2 * (tile + 512 * 64 * 6 + 256 * 64 * 8));
+    // One with tiles for bf16 packs them all, so 128 rows at a time have sums, of up to 320 columns.
+    let with_tiles = Calibration { packed_bytes: 1 << 20, ..bf16.calibration };
+    let tile = 128 * 320 * 4 + ((1024 + 24) << 10);
+    assert_eq!(
+        bytes(&estimate(&PlanInput { calibration: with_tiles, ..bf16.clone() }), "task buffers"),
+        2 * (tile + 512 * 64 * 6 + 256 * 64 * 8)
+    );
 
     let f32 = estimate(&PlanInput { dtype: Dtype::F32, ..bf16.clone() });
     assert_eq!(bytes(&f32, "logits"), 128 * 49_152 * 4);

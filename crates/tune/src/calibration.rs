@@ -79,9 +79,14 @@ pub fn note() -> Option<String> {
     choose(&path(), &HoldsFor::here()).1
 }
 
+/// Those that come with the program, for so many threads of this processor.
+fn shipped(threads: u64) -> Calibration {
+    Calibration { threads, packed_bytes: tune_kernels::bf16::packed_bytes() as u64, ..FLEX }
+}
+
 /// The constants to plan with, and why stored ones are not used if there are any.
 pub fn choose(path: &std::path::Path, here: &HoldsFor) -> (Calibration, Option<String>) {
-    let shipped = Calibration { threads: here.threads, ..FLEX };
+    let shipped = shipped(here.threads);
     let Ok(text) = std::fs::read_to_string(path) else { return (shipped, None) };
     match serde_json::from_str::<Stored>(&text) {
         Ok(stored) if stored.holds_for == *here => {
@@ -120,21 +125,20 @@ mod tests {
     fn only_constants_of_this_program_on_this_machine_are_used() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("memory.json");
-        let shipped = Calibration { threads: 3, ..FLEX };
-        assert_eq!(choose(&path, &here()), (shipped, None));
+        assert_eq!(choose(&path, &here()), (shipped(3), None));
 
-        let constants = Calibration { process_bytes: 1, measured_here: false, ..shipped };
+        let constants = Calibration { process_bytes: 1, ..shipped(3) };
         let stored = Stored { holds_for: here(), constants };
         std::fs::write(&path, serde_json::to_string(&stored).unwrap()).unwrap();
         assert_eq!(choose(&path, &here()), (Calibration { measured_here: true, ..constants }, None));
 
         let (used, note) = choose(&path, &HoldsFor { version: "2".into(), threads: 4, ..here() });
-        assert_eq!(used, Calibration { threads: 4, ..FLEX });
+        assert_eq!(used, shipped(4));
         assert!(note.unwrap().contains("another version and number of threads"));
 
         std::fs::write(&path, "{").unwrap();
         let (used, note) = choose(&path, &here());
-        assert_eq!(used, shipped);
+        assert_eq!(used, shipped(3));
         assert!(note.unwrap().contains("cannot be read"));
     }
 }

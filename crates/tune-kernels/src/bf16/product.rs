@@ -34,11 +34,10 @@ const MOST_ROWS: usize = 2048;
 /// Rows whose sums are made at once: with [`MOST_COLUMNS`] they take 160 KiB of the second-level cache.
 const ROWS_AT_ONCE: usize = 128;
 
-/// Pairs of rows of panels that are packed at once, so many that they stay in the second-level cache: 1 MiB of the 2 that
+/// Bytes of weights that a task packs at once, so many that they stay in the second-level cache: 1 MiB of the 2 that
 /// processors with tiles have, and less of that of others.
-fn most_packed() -> usize {
-    let bytes = if has_tiles() { 1 << 20 } else { 384 << 10 };
-    bytes / size_of::<PanelRow>()
+pub fn packed_bytes() -> usize {
+    if has_tiles() { 1 << 20 } else { 384 << 10 }
 }
 
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
@@ -246,7 +245,7 @@ fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspac
     let stride = cols.len().next_multiple_of(WIDTH);
     let panels_of_a_block = stride / WIDTH;
     let blocks = product.terms.iter().flat_map(|term| term.blocks().map(move |depth| Block { term, depth }));
-    let portions = portions(blocks, most_packed() / panels_of_a_block);
+    let portions = portions(blocks, packed_bytes() / size_of::<PanelRow>() / panels_of_a_block);
     let Workspace { panels, decoded, padded, rows: gathered, sums } = workspace;
     let waits = portions.len() > 1;
     let sums = sums.take(if waits { rows.len() } else { rows.len().min(ROWS_AT_ONCE) } * stride);
