@@ -214,6 +214,7 @@ impl Adapter {
         }
         let named = self.config.base_model_name_or_path.as_deref();
         Err(FormatError::OtherWeights {
+            what: if self.layers.is_empty() { "run" } else { "adapter" },
             base: base.path.clone(),
             expected: expected.clone(),
             found,
