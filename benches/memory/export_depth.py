@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Peak memory of `tune export` against the depth of the model: of the same width, with more and more blocks.
 
-    export_depth.py TUNE [--blocks 8,16,32] [--targets gguf:q4_k_m,…] [--verify off|strict] [--rank 32] [--folder DIR]
+    export_depth.py TUNE [--blocks 8,16,32] [--targets gguf:q4_k_m,…] [--verify off|warn] [--merge gptq] [--stored f16]
+                         [--rank 32] [--folder DIR]
 
-The models are random Llamas (`tune bench make-model`), the adapters random LoRA factors on all linear layers. Prints the
+The models are random Llamas (`tune bench make-model`), the adapters random LoRA factors on all linear layers, in a run with
+a few rows of text for error feedback (`--merge gptq`). `--verify warn` judges each export as it is done by default. Prints the
 most anonymous memory (RssAnon: heap and stacks, which a process really holds) and the most mapped pages of files (RssFile:
 input and output, which the system takes back when it needs them) that were seen in /proc/PID/status, every two
 milliseconds, in MiB. Linux only. Needs numpy and safetensors (tests/e2e/requirements.txt).
@@ -42,6 +44,8 @@ def main():
     parser.add_argument("--type", default="q8_0", help="of the model")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--verify", default="off")
+    parser.add_argument("--merge", default="refit")
+    parser.add_argument("--stored", default="f32", choices=["f32", "f16"], help="type of the factors")
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     depths = [int(blocks) for blocks in arguments.blocks.split(",")]
@@ -49,10 +53,10 @@ def main():
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         folder = Path(folder)
         for blocks in depths:
-            model, adapter, out = folder / "model.gguf", folder / "adapter", folder / "out"
-            make(arguments, model, adapter, blocks)
+            model, run, out = folder / "model.gguf", folder / "run", folder / "out"
+            make(arguments, model, run, blocks)
             for target in arguments.targets.split(","):
-                call = [arguments.tune, "export", adapter, "--base", model, "--to", target, "--out", out / target[:4],
+                call = [arguments.tune, "export", run, "--to", target, "--out", out / target[:4], "--merge", arguments.merge,
                         "--verify", arguments.verify, "--min-retention", "-9"]
                 found[blocks, target] = peaks([str(part) for part in call])
                 shutil.rmtree(out)
@@ -65,18 +69,25 @@ def main():
         print(f"| `{target}` | " + " | ".join(cells) + " |")
 
 
-def make(arguments, model, adapter, blocks):
+def make(arguments, model, run, blocks):
     call = [arguments.tune, "bench", "make-model", "smollm2:135m", "--layers", blocks, "--d-model", WIDTH, "--d-ff", GATED,
             "--heads", HEADS, "--kv-heads", KV_HEADS, "--vocab", VOCABULARY, "--type", arguments.type, "--out", model]
     subprocess.run([str(part) for part in call], check=True, capture_output=True)
-    adapter.mkdir(exist_ok=True)
+    adapter = run / "adapter"
+    adapter.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(blocks)
+    rows = ["".join(chr(letter) for letter in draw.integers(97, 123, 1000)) for _ in range(4)]
+    (run / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (run / "run.toml").write_text(f'version = 1\n[model]\nbase = "{model}"\n[adapter]\ntype = "lora"\n'
+                                  f'[[data]]\npath = "{run / "rows.jsonl"}"\n')
     tensors = {}
     for block in range(blocks):
         for name, (d_out, d_in) in LINEARS.items():
             for part, shape in [("A", (arguments.rank, d_in)), ("B", (d_out, arguments.rank))]:
                 key = f"base_model.model.model.layers.{block}.{name}.lora_{part}.weight"
                 tensors[key] = draw.standard_normal(shape, np.float32) * np.float32(0.01)
+    if arguments.stored == "f16":
+        tensors = {key: tensor.astype(np.float16) for key, tensor in tensors.items()}
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": arguments.rank, "lora_alpha": arguments.rank, "bias": "none",
               "target_modules": [name.split(".")[1] for name in LINEARS], "task_type": "CAUSAL_LM"}

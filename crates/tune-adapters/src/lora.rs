@@ -11,7 +11,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tune_kernels::{FrozenWeight, frozen_linear, lora_linear};
+use tune_kernels::{FrozenWeight, Weight, frozen_linear, lora_linear};
 
 /// What all adapters of a run share.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,13 +42,13 @@ pub struct Dropout {
     pub key: u64,
 }
 
-/// The trainable pair A, B of one linear layer.
+/// The pair A, B of one linear layer: trained, or frozen where it lies in a file, to be decoded by each forward pass.
 #[derive(Clone, Debug)]
 pub struct Lora {
     /// `[rank, d_in]`.
-    pub a: Tensor<2>,
+    pub a: Weight,
     /// `[d_out, rank]`.
-    pub b: Tensor<2>,
+    pub b: Weight,
     scale: f64,
     dropout: f64,
     /// Tells the dropout masks of different layers apart.
@@ -83,13 +83,18 @@ impl Lora {
         stream: u64,
         device: &Device,
     ) -> Self {
-        Self {
-            a: Tensor::from_data(TensorData::new(a, [config.rank, d_in]), device),
-            b: Tensor::from_data(TensorData::new(b, [d_out, config.rank]), device),
-            scale: config.scale(),
-            dropout: config.dropout,
-            stream,
-        }
+        let tensor = |values, shape: [usize; 2]| Tensor::from_data(TensorData::new(values, shape), device);
+        let (a, b) = (tensor(a, [config.rank, d_in]), tensor(b, [d_out, config.rank]));
+        Self::of(config, Weight::Trained(a), Weight::Trained(b), stream)
+    }
+
+    /// An adapter that is not trained: `a` `[rank, d_in]` and `b` `[d_out, rank]` stay as and where they are stored.
+    pub fn frozen(config: &LoraConfig, a: FrozenWeight, b: FrozenWeight, stream: u64) -> Self {
+        Self::of(config, a.into(), b.into(), stream)
+    }
+
+    fn of(config: &LoraConfig, a: Weight, b: Weight, stream: u64) -> Self {
+        Self { a, b, scale: config.scale(), dropout: config.dropout, stream }
     }
 
     /// `x Wᵀ + s · (x Aᵀ) Bᵀ`; with `dropout`, A sees x with entries zeroed and the rest scaled up.
@@ -99,13 +104,14 @@ impl Lora {
     /// - x: `[tokens, d_in]`
     /// - output: `[tokens, d_out]`
     pub fn forward(&self, x: Tensor<2>, base: &FrozenWeight, dropout: Option<Dropout>) -> Tensor<2> {
+        let (a, b) = self.factors(&x.device().inner());
         match dropout.filter(|_| self.has_dropout()) {
-            None => lora_linear(x, base, self.a.clone(), self.b.clone(), self.scale as f32),
+            None => lora_linear(x, base, a, b, self.scale as f32),
             Some(dropout) => {
                 let mask = self.mask(x.dims(), dropout, &x.device());
                 let update = (x.clone() * mask)
-                    .matmul(self.a.clone().transpose()) // [tokens, rank]
-                    .matmul(self.b.clone().transpose()) // [tokens, d_out]
+                    .matmul(a.transpose()) // [tokens, rank]
+                    .matmul(b.transpose()) // [tokens, d_out]
                     .mul_scalar(self.scale);
                 frozen_linear(x, base) + update
             }
@@ -114,16 +120,22 @@ impl Lora {
 
     /// The same adapter as a leaf of a fresh autodiff graph: gradients of A and B are kept.
     pub fn tracked(&self) -> Self {
-        Self {
-            a: self.a.clone().autodiff().require_grad(),
-            b: self.b.clone().autodiff().require_grad(),
-            ..self.clone()
-        }
+        Self { a: self.a.tracked(), b: self.b.tracked(), ..self.clone() }
+    }
+
+    /// A and B as tensors; frozen ones are decoded for the caller.
+    pub fn factors(&self, device: &Device) -> (Tensor<2>, Tensor<2>) {
+        (self.a.tensor(device), self.b.tensor(device))
+    }
+
+    /// Whether the pair is trained.
+    pub fn is_trained(&self) -> bool {
+        self.a.trained().is_some()
     }
 
     /// Rank r.
     pub fn rank(&self) -> usize {
-        self.a.dims()[0]
+        self.a.rows()
     }
 
     /// The factor s in front of the update.
@@ -178,7 +190,7 @@ mod tests {
     #[test]
     fn initial_a_depends_on_seed_and_stream_only_and_stays_inside_the_bound() {
         let device = Device::flex();
-        let a = |seed, stream| values(Lora::init(&CONFIG, [6, 8], seed, stream, &device).a);
+        let a = |seed, stream| values(Lora::init(&CONFIG, [6, 8], seed, stream, &device).a.tensor(&device));
         assert_eq!(a(7, 1), a(7, 1));
         assert_ne!(a(7, 1), a(7, 2));
         assert_ne!(a(7, 1), a(8, 1));
@@ -212,7 +224,7 @@ mod tests {
         let mut lora = Lora::init(&config, [6, 8], 7, 3, &device);
         let forward = |lora: &Lora, key| values(lora.forward(input(&device), &base(), Some(Dropout { key })));
         assert_eq!(forward(&lora, 1), forward(&lora, 2));
-        lora.b = Tensor::ones([6, 4], &device);
+        lora.b = Weight::Trained(Tensor::ones([6, 4], &device));
         assert_ne!(forward(&lora, 1), forward(&lora, 2));
     }
 }

@@ -52,6 +52,7 @@ impl<'a> Moments<'a> {
                 group += 1;
             });
         }
+        self.model.leave(block);
         self.next += 1;
         let inputs = sums.into_iter().map(|(names, sum)| {
             let d_in = sum.dims()[0];

@@ -34,7 +34,7 @@ pub(crate) fn write(
 
     let mut writer = GgufWriter::create(staged.path(), &metadata, specs)?;
     for (done, pair) in (1..).zip(&pairs) {
-        for (spec, values) in pair.specs().iter().zip([pair.lora.a.to_vec(), pair.stored_b()]) {
+        for (spec, values) in pair.specs().iter().zip([pair.lora.a.values(), pair.stored_b().into()]) {
             let mut bytes = Vec::new();
             BlockType::F32.encode(&values, &mut bytes);
             writer.append(&spec.name, bytes.into())?;
@@ -74,10 +74,10 @@ impl Pair<'_> {
 
     /// B with its rows where the base tensor has them.
     fn stored_b(&self) -> Vec<f32> {
-        let r = self.lora.r;
+        let (r, b) = (self.lora.r, self.lora.b.values());
         merge::rows_as_stored(self.order, self.lora.d_out)
             .into_iter()
-            .flat_map(|row| &self.lora.b[row * r..(row + 1) * r])
+            .flat_map(|row| &b[row * r..(row + 1) * r])
             .map(|value| value * self.factor)
             .collect()
     }
@@ -122,8 +122,8 @@ fn pairs<'a>(request: &ExportRequest<'a>) -> Result<(f32, Vec<Pair<'a>>), Export
 }
 
 fn check_finite(pair: &Pair<'_>) -> Result<(), ExportError> {
-    let values = pair.lora.a.iter().chain(pair.lora.b.iter());
-    if values.into_iter().all(|v| v.is_finite()) {
+    let (a, b) = (pair.lora.a.values(), pair.lora.b.values());
+    if a.iter().chain(b.iter()).all(|v| v.is_finite()) {
         return Ok(());
     }
     Err(ExportError::NotFinite {
@@ -147,10 +147,10 @@ fn verify(
     }
     for pair in pairs {
         let [a, b] = pair.specs();
-        differences.values(&a.name, &values(&file, &a)?, &pair.lora.a);
+        differences.values(&a.name, &values(&file, &a)?, &pair.lora.a.values());
         let stored = values(&file, &b)?;
         let r = pair.lora.r;
-        for (row, wanted) in pair.lora.b.chunks_exact(r).enumerate() {
+        for (row, wanted) in pair.lora.b.values().chunks_exact(r).enumerate() {
             let start = pair.order.stored_row(row) * r;
             let wanted: Vec<f32> = wanted.iter().map(|value| value * pair.factor).collect();
             differences.values(&b.name, stored.get(start..start + r).unwrap_or_default(), &wanted);

@@ -247,8 +247,8 @@ fn write_peft(
         }
         for (name, wanted) in &adapter.layers {
             if let Some(found) = found.layers.get(name) {
-                differences.values(&format!("{name}.lora_A"), &found.a, &wanted.a);
-                differences.values(&format!("{name}.lora_B"), &found.b, &wanted.b);
+                differences.values(&format!("{name}.lora_A"), &found.a.values(), &wanted.a.values());
+                differences.values(&format!("{name}.lora_B"), &found.b.values(), &wanted.b.values());
             }
         }
         progress(ExportEvent::Verified { done: tensors, tensors });

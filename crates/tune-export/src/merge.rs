@@ -8,7 +8,8 @@
 //! rounded once, when it is encoded: to the nearest values or with error feedback, on a grid of its own or on the
 //! base's. W + ΔW exists for a few rows only.
 
-use std::ops::Range;
+use std::borrow::Cow;
+use std::ops::{Deref, Range};
 
 use rayon::prelude::*;
 use tune_formats::peft::{Adapter, LoraWeights};
@@ -79,6 +80,13 @@ pub(crate) struct MergedMatrix<'a> {
     update: Option<(f32, &'a LoraWeights)>,
 }
 
+/// A merged matrix while its rows are read.
+pub(crate) struct MergedRows<'m> {
+    matrix: &'m MergedMatrix<'m>,
+    /// s, A and B.
+    factors: Option<(f32, Cow<'m, [f32]>, Cow<'m, [f32]>)>,
+}
+
 impl<'a> MergedTensor<'a> {
     fn new(base: &BaseModel, adapter: &'a Adapter, name: String) -> Result<Self, ExportError> {
         let stored = if name == HEAD && base.config.tie_word_embeddings { EMBEDDING } else { &name };
@@ -130,18 +138,19 @@ impl<'a> MergedTensor<'a> {
                         let bytes = stored.slice(rows.start * row_bytes..rows.end * row_bytes);
                         bytes.map_or(Ok(()), &mut write)?;
                     }
-                    matrix.base.release();
+                    matrix.release();
                     return Ok(Effect::default());
                 }
                 let hf_rows = rows_as_stored(order, matrix.rows());
+                let matrix = matrix.read();
                 let mut effect = Effect::default();
                 for chunk in matrix.chunks() {
                     let (bytes, of_chunk) =
-                        self.encode_rows(matrix, block_type, rounding, &hf_rows[chunk])?;
+                        self.encode_rows(&matrix, block_type, rounding, &hf_rows[chunk])?;
                     effect += of_chunk;
                     write(bytes.into())?;
                 }
-                matrix.base.release();
+                matrix.release();
                 Ok(effect)
             }
         }
@@ -150,7 +159,7 @@ impl<'a> MergedTensor<'a> {
     /// Encodes these Hugging Face rows, one after the other, on all cores.
     fn encode_rows(
         &self,
-        matrix: &MergedMatrix<'_>,
+        matrix: &MergedRows<'_>,
         block_type: BlockType,
         rounding: Rounding<'_>,
         hf_rows: &[usize],
@@ -175,7 +184,7 @@ impl<'a> MergedTensor<'a> {
     /// Encodes a few rows into `out`.
     fn encode_batch(
         &self,
-        matrix: &MergedMatrix<'_>,
+        matrix: &MergedRows<'_>,
         block_type: BlockType,
         rounding: Rounding<'_>,
         rows: &[usize],
@@ -306,6 +315,31 @@ impl MergedMatrix<'_> {
         (!self.is_changed() && stored_type == block_type).then_some(bytes)
     }
 
+    /// Lets the pages of base and adapter leave memory: it has been read.
+    pub(crate) fn release(&self) {
+        self.base.release();
+        if let Some((_, lora)) = self.update {
+            lora.a.release();
+            lora.b.release();
+        }
+    }
+
+    /// The matrix with its factors at hand: those of 16 bits are decoded for as long as it is read.
+    pub(crate) fn read(&self) -> MergedRows<'_> {
+        let factors = self.update.map(|(scale, lora)| (scale, lora.a.values(), lora.b.values()));
+        MergedRows { matrix: self, factors }
+    }
+}
+
+impl<'m> Deref for MergedRows<'m> {
+    type Target = MergedMatrix<'m>;
+
+    fn deref(&self) -> &Self::Target {
+        self.matrix
+    }
+}
+
+impl MergedRows<'_> {
     /// Row `row` of W'.
     pub(crate) fn merged_row(&self, row: usize, values: &mut [f32]) {
         self.base.decode_row(row, values);
@@ -313,9 +347,10 @@ impl MergedMatrix<'_> {
     }
 
     fn add_update(&self, row: usize, values: &mut [f32]) {
-        let Some((scale, lora)) = self.update else { return };
-        let weights = &lora.b[row * lora.r..(row + 1) * lora.r];
-        for (weight, a) in weights.iter().zip(lora.a.chunks_exact(lora.d_in)) {
+        let Some((scale, a, b)) = &self.factors else { return };
+        let rank = a.len() / self.cols();
+        let weights = &b[row * rank..(row + 1) * rank];
+        for (weight, a) in weights.iter().zip(a.chunks_exact(self.cols())) {
             let weight = scale * weight;
             for (value, a) in values.iter_mut().zip(a) {
                 *value += weight * a;

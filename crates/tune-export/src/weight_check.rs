@@ -85,7 +85,7 @@ pub fn check_weights(
             Values::Vector(wanted) => check("F32", Sums::of(wanted, &found.weights.vector(&tensor.name)?)),
             Values::Matrix(wanted) => {
                 let stored = found.weights.matrix(&tensor.name)?;
-                let cols = wanted.cols();
+                let (cols, wanted) = (wanted.cols(), wanted.read());
                 let of_rows = |(mut a, mut b): (Vec<f32>, Vec<f32>), row: usize| {
                     a.resize(cols, 0.0);
                     b.resize(cols, 0.0);
@@ -93,7 +93,7 @@ pub fn check_weights(
                     stored.decode_row(row, &mut b);
                     (Sums::of(&a, &b), (a, b))
                 };
-                let sums: Vec<Sums> = (0..wanted.rows())
+                let sums: Vec<Sums> = (0..stored.rows())
                     .into_par_iter()
                     .map_init(Default::default, |buffers, row| {
                         let (sums, used) = of_rows(std::mem::take(buffers), row);
@@ -101,6 +101,8 @@ pub fn check_weights(
                         sums
                     })
                     .collect();
+                wanted.release();
+                stored.release();
                 check(stored.type_name(), sums.into_iter().fold(Sums::default(), Sums::plus))
             }
         });

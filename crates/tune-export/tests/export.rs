@@ -222,7 +222,7 @@ fn a_head_trained_apart_from_its_embedding_is_untied() {
     assert!(!merged.config.tie_word_embeddings);
     let embedding = values(&base, "model.embed_tokens.weight");
     assert_close("embedding", &values(&merged, "model.embed_tokens.weight"), &embedding, 1e-9);
-    let want = plus_update(&embedding, 2.0, &head.a, &head.b, head.d_in);
+    let want = plus_update(&embedding, 2.0, &head.a.values(), &head.b.values(), head.d_in);
     assert_close("head", &values(&merged, "lm_head.weight"), &want, 1e-6);
 
     // llama.cpp would look for output.weight in the base, which has none.
@@ -379,9 +379,13 @@ fn run(
 fn wanted(base: &BaseModel, adapter: &Adapter, name: &str) -> Vec<f32> {
     let values = values(base, name);
     match name.strip_suffix(".weight").and_then(|module| adapter.layers.get(module)) {
-        Some(lora) => {
-            plus_update(&values, adapter.config.scale_of(lora.r) as f32, &lora.a, &lora.b, lora.d_in)
-        }
+        Some(lora) => plus_update(
+            &values,
+            adapter.config.scale_of(lora.r) as f32,
+            &lora.a.values(),
+            &lora.b.values(),
+            lora.d_in,
+        ),
         None => values,
     }
 }

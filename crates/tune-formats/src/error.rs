@@ -242,15 +242,17 @@ pub enum FormatError {
         help: String,
     },
 
-    /// An adapter over weights that it was not trained on, though its shapes fit.
+    /// An adapter, or a run of all weights, over a base that it was not trained on, though its shapes fit.
     #[error(
-        "adapter was trained on other weights\n  {}: expected digest {expected}, got {found}",
+        "{what} was trained on other weights\n  {}: expected digest {expected}, got {found}",
         base.display()
     )]
     #[diagnostic(help(
         "it was trained over {trained_over}, which may have been replaced since; with --any-base it is used nevertheless"
     ))]
     OtherWeights {
+        /// `adapter`, or `run` where all weights were trained.
+        what: &'static str,
         /// The base at hand.
         base: PathBuf,
         /// Digest of the trained base.

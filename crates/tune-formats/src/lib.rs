@@ -9,6 +9,7 @@ mod atomic;
 mod base;
 mod config;
 mod error;
+mod factor;
 pub mod gguf;
 pub mod hf;
 mod mapped;

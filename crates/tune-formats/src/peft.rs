@@ -6,13 +6,13 @@
 //! the metadata of the safetensors file, where other readers ignore it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Deref;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tune_quant::{BlockType, ByteView};
+use tune_quant::{BlockType, RowOrder, StoredMatrix};
 
+pub use crate::factor::Factor;
 use crate::provenance::Provenance;
 use crate::safetensors::{SafetensorsFiles, SafetensorsWriter, TensorSpec};
 use crate::{BaseModel, FormatError, TensorProblem, atomic};
@@ -66,64 +66,6 @@ pub struct LoraWeights {
     pub a: Factor,
     /// B, `[d_out, r]`, row-major.
     pub b: Factor,
-}
-
-/// The values of a matrix of an adapter: in memory, or where they lie in its file. A file of singles, as PEFT writes it, is
-/// never copied, so that what an export holds does not grow with the number of layers.
-#[derive(Clone, Debug)]
-pub enum Factor {
-    /// In memory.
-    Owned(Vec<f32>),
-    /// In a file, as this machine has singles in memory.
-    Mapped(ByteView),
-}
-
-impl Factor {
-    /// The values of blocks of a file.
-    fn stored(block_type: BlockType, bytes: ByteView) -> Self {
-        let in_place = cfg!(target_endian = "little") && bytemuck::try_cast_slice::<u8, f32>(&bytes).is_ok();
-        if block_type == BlockType::F32 && in_place {
-            return Self::Mapped(bytes);
-        }
-        let mut values = vec![0.0; bytes.len() / block_type.block_bytes()];
-        block_type.decode(&bytes, &mut values);
-        Self::Owned(values)
-    }
-
-    /// The values, to be changed; those of a file are copied first.
-    pub fn to_mut(&mut self) -> &mut Vec<f32> {
-        if let Self::Mapped(_) = self {
-            *self = Self::Owned(self.to_vec());
-        }
-        match self {
-            Self::Owned(values) => values,
-            Self::Mapped(_) => unreachable!("copied above"),
-        }
-    }
-}
-
-impl Deref for Factor {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match self {
-            Self::Owned(values) => values,
-            // alignment and length are checked when it is made
-            Self::Mapped(bytes) => bytemuck::cast_slice(bytes),
-        }
-    }
-}
-
-impl From<Vec<f32>> for Factor {
-    fn from(values: Vec<f32>) -> Self {
-        Self::Owned(values)
-    }
-}
-
-impl PartialEq for Factor {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
 }
 
 impl Default for AdapterConfig {
@@ -214,6 +156,7 @@ impl Adapter {
         }
         let named = self.config.base_model_name_or_path.as_deref();
         Err(FormatError::OtherWeights {
+            what: if self.layers.is_empty() { "run" } else { "adapter" },
             base: base.path.clone(),
             expected: expected.clone(),
             found,
@@ -336,7 +279,7 @@ pub fn write(directory: &Path, adapter: &Adapter) -> Result<(), FormatError> {
     let specs = factors.clone().map(spec).collect::<Vec<_>>();
     let mut writer = SafetensorsWriter::create(&weights_path, &metadata, &specs)?;
     for (name, _, values) in factors {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+        let bytes = values.values().iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
         writer.write(&name, &bytes)?;
     }
     writer.finish()?;
@@ -407,11 +350,13 @@ impl Factors {
         if rank_a != r || rank_b != r {
             return Err(format!("{path}: shapes {shape_a:?} and {shape_b:?}, expected rank {r}"));
         }
-        let values = |name: &str| {
+        let factor = |name: &str, rows, cols| {
             let (block_type, bytes) = files.data(name).map_err(|error| error.to_string())?;
-            Ok::<_, String>(Factor::stored(block_type, bytes))
+            StoredMatrix::from_blocks(block_type, rows, cols, bytes, RowOrder::Natural)
+                .map(Factor::Stored)
+                .ok_or_else(|| format!("{name}: its bytes do not fill its rows"))
         };
-        Ok(LoraWeights { r, d_in, d_out, a: values(a)?, b: values(b)? })
+        Ok(LoraWeights { r, d_in, d_out, a: factor(a, r, d_in)?, b: factor(b, d_out, r)? })
     }
 }
 

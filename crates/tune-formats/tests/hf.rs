@@ -249,8 +249,8 @@ fn ranks_and_alphas_of_single_layers_are_read_and_written_as_peft_has_them() {
     config["alpha_pattern"] = serde_json::json!({ "v_proj": 16 });
     fs::write(&path, config.to_string()).expect("written");
     let read = peft::read(dir.path()).expect("read");
-    let doubled: Vec<f32> = mixed.layers[v].b.iter().map(|value| 2.0 * value).collect();
-    assert_eq!(read.layers[v].b[..], doubled[..]);
+    let doubled: Vec<f32> = mixed.layers[v].b.values().iter().map(|value| 2.0 * value).collect();
+    assert_eq!(read.layers[v].b.values()[..], doubled[..]);
     assert_eq!(read.layers[q], mixed.layers[q]);
     assert!((read.config.scale_of(2) - 4.0).abs() < 1e-12, "alpha 8 over rank 2");
 

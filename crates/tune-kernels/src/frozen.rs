@@ -32,7 +32,7 @@ impl FrozenWeight {
         &self.0
     }
 
-    /// The whole weight as a tensor `[rows, cols]`. For tests and references: training never does this.
+    /// The whole weight as a tensor `[rows, cols]`. For small ones, tests and references: training never does this.
     pub fn decode(&self, device: &Device) -> Tensor<2> {
         let mut values = vec![0.0; self.rows() * self.cols()];
         for (row, out) in values.chunks_exact_mut(self.cols().max(1)).enumerate() {

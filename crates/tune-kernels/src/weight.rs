@@ -46,6 +46,21 @@ impl Weight {
         }
     }
 
+    /// The values as a tensor: of a trained matrix the tensor itself, of a frozen one a copy that is decoded for the caller.
+    pub fn tensor(&self, device: &Device) -> Tensor<2> {
+        match self {
+            Self::Frozen(weight) => weight.decode(device),
+            Self::Trained(tensor) => tensor.clone(),
+        }
+    }
+
+    /// Lets what is mapped from a file leave memory until it is read again.
+    pub fn release(&self) {
+        if let Self::Frozen(weight) = self {
+            weight.matrix().release();
+        }
+    }
+
     /// The tensor, if this is trained.
     pub fn trained(&self) -> Option<&Tensor<2>> {
         match self {

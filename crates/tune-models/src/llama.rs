@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use tune_adapters::{Lora, LoraConfig, Targets};
+use tune_formats::peft::{Adapter, LoraWeights};
 use tune_formats::{ModelConfig, Weights};
 use tune_kernels::bf16::{Input, project, self_attention};
 use tune_kernels::{
@@ -34,6 +35,7 @@ pub struct Llama {
     lm_head: Option<Weight>, // [vocab, d_model]; none when it is the embedding
     frequencies: Vec<f32>,   // [head_dim / 2]
     arithmetic: Arithmetic,
+    is_releasing: bool,
 }
 
 /// One layer: attention and gated MLP, each behind a norm and beside the residual stream.
@@ -119,12 +121,26 @@ impl Llama {
             lm_head: lm_head.map(Weight::from),
             frequencies: rotary_frequencies(config),
             arithmetic: Arithmetic::F32,
+            is_releasing: false,
         })
     }
 
     /// The same model with other arithmetic in its blocks and its loss; a loaded model computes in `f32`.
     pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
         Self { arithmetic, ..self }
+    }
+
+    /// The same model for a few passes over many tokens: what is mapped of a block from a file leaves memory when the block
+    /// has answered, so that the pages of one block are held and not those of all.
+    pub fn releasing(self) -> Self {
+        Self { is_releasing: true, ..self }
+    }
+
+    /// A block has answered.
+    pub fn leave(&self, block: &Block) {
+        if self.is_releasing {
+            block.linears().iter().for_each(|(_, linear)| linear.release());
+        }
     }
 
     /// In what matrix products are made.
@@ -145,14 +161,36 @@ impl Llama {
         }
     }
 
-    /// Puts adapters with given values (`a` `[rank, d_in]`, `b` `[d_out, rank]`) beside the layers that `find`
-    /// knows by module path, and none beside the others. `dropout` is used while training.
-    pub fn attach_weights(
-        &mut self,
-        adapter: &tune_formats::peft::Adapter,
-        dropout: f64,
-    ) -> Result<(), ModelError> {
+    /// Puts copies of the factors of `adapter` beside the layers that it names by module path, to be trained, and none
+    /// beside the others. `dropout` is used while training.
+    ///
+    /// # Errors
+    /// Layers that the model does not have, or has in other shapes: all of them.
+    pub fn attach_weights(&mut self, adapter: &Adapter, dropout: f64) -> Result<(), ModelError> {
         let device = self.device.clone();
+        self.attach_each(adapter, dropout, |config, lora, stream| {
+            let (a, b) = (lora.a.values().into_owned(), lora.b.values().into_owned());
+            Lora::from_weights(config, [lora.d_out, lora.d_in], a, b, stream, &device)
+        })
+    }
+
+    /// The same to answer only: the factors stay as and where they are stored, and each forward pass decodes those of the
+    /// layer that it is in.
+    ///
+    /// # Errors
+    /// As [`attach_weights`](Self::attach_weights).
+    pub fn attach_frozen(&mut self, adapter: &Adapter) -> Result<(), ModelError> {
+        self.attach_each(adapter, 0.0, |config, lora, stream| {
+            Lora::frozen(config, lora.a.matrix(lora.d_in).into(), lora.b.matrix(lora.r).into(), stream)
+        })
+    }
+
+    fn attach_each(
+        &mut self,
+        adapter: &Adapter,
+        dropout: f64,
+        make: impl Fn(&LoraConfig, &LoraWeights, u64) -> Lora,
+    ) -> Result<(), ModelError> {
         let mut unknown: Vec<String> = adapter.layers.keys().cloned().collect();
         let mut mismatches = Vec::new();
         for (layer, block) in self.blocks.iter_mut().enumerate() {
@@ -173,9 +211,7 @@ impl Llama {
                     use_rslora: adapter.config.use_rslora,
                     dropout,
                 };
-                let (a, b) = (lora.a.to_vec(), lora.b.to_vec());
-                linear.adapter =
-                    Some(Lora::from_weights(&config, shape, a, b, stream(layer, index), &device));
+                linear.adapter = Some(make(&config, lora, stream(layer, index)));
             }
         }
         mismatches.extend(unknown.into_iter().map(|path| format!("{path}: no such layer in the base")));
@@ -301,7 +337,11 @@ impl Llama {
     /// Output of the final norm for all tokens, without a graph: `[tokens, d_model]`.
     pub fn hidden(&self, ids: &[u32], layout: &Layout) -> Tensor<2> {
         let context = self.context(layout, None);
-        let x = self.blocks.iter().fold(self.embed(ids), |x, block| block.forward(x, &context));
+        let mut x = self.embed(ids);
+        for block in &self.blocks {
+            x = block.forward(x, &context);
+            self.leave(block);
+        }
         self.final_norm(x)
     }
 
@@ -380,14 +420,15 @@ impl Block {
     /// The same in fused operations; the residual stream stays `f32`.
     fn forward_bf16(&self, x: Tensor<2>, context: &Context) -> Tensor<2> {
         let Self { attention: a, mlp: m, .. } = self;
-        let [q, k, v] = [&a.q_proj, &a.k_proj, &a.v_proj].map(Linear::layer);
+        let device = x.device().inner();
+        let [q, k, v] = [&a.q_proj, &a.k_proj, &a.v_proj].map(|linear| linear.layer(&device));
         let qkv = project(self.input_norm.input(x.clone()), &[q, k, v], None);
         let [heads, kv_heads] = [&a.q_proj, &a.k_proj].map(|linear| linear.weight.rows() / a.head_dim);
         let mixed = self_attention(qkv, &context.rotary, context.spans.clone(), heads, kv_heads);
-        let h = project(Input::Plain(mixed), &[a.o_proj.layer()], Some(x));
-        let [gate, up] = [&m.gate_proj, &m.up_proj].map(Linear::layer);
+        let h = project(Input::Plain(mixed), &[a.o_proj.layer(&device)], Some(x));
+        let [gate, up] = [&m.gate_proj, &m.up_proj].map(|linear| linear.layer(&device));
         let gate_up = project(self.post_attention_norm.input(h.clone()), &[gate, up], None);
-        project(Input::SwiGlu(gate_up), &[m.down_proj.layer()], Some(h))
+        project(Input::SwiGlu(gate_up), &[m.down_proj.layer(&device)], Some(h))
     }
 
     /// The same block with what is trained of it as leaves of a fresh autodiff graph.
@@ -511,9 +552,10 @@ fn of_linear<'a>(path: &str, linear: &'a mut Linear) -> Vec<Parameter<'a>> {
     let bias = linear.bias.as_mut().and_then(|bias| of_vector(format!("{path}.bias"), bias));
     parameters.extend(bias);
     if let Some(adapter) = &mut linear.adapter {
-        let part =
-            |part, tensor| Parameter { name: format!("{path}.{part}.weight"), tensor, is_vector: false };
-        parameters.extend([part("lora_A", &mut adapter.a), part("lora_B", &mut adapter.b)]);
+        let parts = [("lora_A", &mut adapter.a), ("lora_B", &mut adapter.b)];
+        parameters.extend(
+            parts.into_iter().filter_map(|(part, factor)| of_weight(format!("{path}.{part}.weight"), factor)),
+        );
     }
     parameters
 }

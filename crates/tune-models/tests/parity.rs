@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use safetensors::SafeTensors;
+use tune_formats::peft::{self, Adapter, Factor};
 use tune_formats::{FormatError, Weights};
+use tune_kernels::Arithmetic;
 use tune_models::{Layout, Llama, Quantization};
-use tune_quant::StoredMatrix;
+use tune_quant::{BlockType, RowOrder, StoredMatrix};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -114,6 +116,43 @@ fn a_cache_fed_in_pieces_gives_the_same_logits() {
         done += piece;
     }
     assert_eq!((done, cache.remaining()), (tokens.len(), 0));
+}
+
+/// The adapter with factors as a file of `block_type` holds them.
+fn stored(mut adapter: Adapter, block_type: BlockType) -> Adapter {
+    for lora in adapter.layers.values_mut() {
+        for (factor, rows, cols) in [(&mut lora.a, lora.r, lora.d_in), (&mut lora.b, lora.d_out, lora.r)] {
+            let mut bytes = Vec::new();
+            block_type.encode(&factor.values(), &mut bytes);
+            let matrix = StoredMatrix::from_blocks(block_type, rows, cols, bytes.into(), RowOrder::Natural);
+            *factor = Factor::Stored(matrix.expect("whole rows"));
+        }
+    }
+    adapter
+}
+
+#[test]
+fn an_adapter_that_stays_in_its_file_answers_bit_for_bit_as_one_of_tensors() {
+    let expected = Expected::open("llama-tied");
+    let tokens = expected.tokens("tokens_2");
+    let plain = peft::read(&fixtures().join("peft/plain/final")).expect("fixture adapter");
+    let in_file = [BlockType::F32, BlockType::F16, BlockType::BF16].map(|t| stored(plain.clone(), t));
+    for adapter in [plain].into_iter().chain(in_file) {
+        for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
+            let mut model = model("llama-tied").with_arithmetic(arithmetic);
+            let base = logits(&model, &tokens, &[0..tokens.len()]);
+            model.attach_weights(&adapter, 0.0).expect("it fits");
+            assert!(model.blocks().iter().all(tune_models::Block::is_trained));
+            let tensors = logits(&model, &tokens, &[0..tokens.len()]);
+            model.attach_frozen(&adapter).expect("it fits");
+            assert!(
+                !model.blocks().iter().any(tune_models::Block::is_trained)
+                    && model.parameters_mut().is_empty()
+            );
+            assert_eq!(logits(&model, &tokens, &[0..tokens.len()]), tensors);
+            assert_ne!(tensors, base, "the adapter has no effect");
+        }
+    }
 }
 
 /// The weights of another model with every block linear rounded to NF4 and held as float32.

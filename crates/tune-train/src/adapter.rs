@@ -89,12 +89,14 @@ pub fn parameters(model: &mut Llama) -> Vec<(String, &mut Tensor<2>)> {
 /// The adapters as a PEFT folder holds them.
 pub(crate) fn trained_adapter(model: &mut Llama, spec: &RunSpec, provenance: Provenance) -> peft::Adapter {
     let values = |tensor: &Tensor<2>| tensor.to_data().iter::<f32>().collect::<Vec<f32>>();
+    let device = model.device().clone();
     let layers: BTreeMap<String, peft::LoraWeights> = model
         .adapters_mut()
         .into_iter()
         .map(|slot| {
-            let ([r, d_in], [d_out, _]) = (slot.adapter.a.dims(), slot.adapter.b.dims());
-            let (a, b) = (values(&slot.adapter.a), values(&slot.adapter.b));
+            let (r, d_in, d_out) = (slot.adapter.rank(), slot.adapter.a.cols(), slot.adapter.b.rows());
+            let (a, b) = slot.adapter.factors(&device);
+            let (a, b) = (values(&a), values(&b));
             (slot.path, peft::LoraWeights { r, d_in, d_out, a: a.into(), b: b.into() })
         })
         .collect();

@@ -10,6 +10,7 @@ use tune_models::{Llama, Quantization};
 use tune_recipe::{Method, RunSpec};
 use tune_train::{RunFolder, quantization};
 
+use crate::commands::export::trained_in_full;
 use crate::download;
 use crate::exit::UsageError;
 
@@ -58,6 +59,9 @@ pub fn open(args: &ModelArgs) -> miette::Result<Opened> {
 fn open_trained(run: &RunFolder, spec: &RunSpec, args: &ModelArgs) -> miette::Result<Opened> {
     let path = download::resolve(&ModelRef::parse(&spec.model.base)?, false)?.path;
     let base = trained_base(run, &path)?;
+    if !args.any_base {
+        trained_in_full(run)?.require_trained_base(&tune_formats::open(&path)?)?;
+    }
     let mut model = tune_models::load(&base, Quantization::Keep, &Device::flex())?;
     if let Some(path) = &args.adapter {
         let adapter = peft::read(path)?;
@@ -76,8 +80,7 @@ pub fn trained_base(run: &RunFolder, path: &Path) -> miette::Result<BaseModel> {
             format!("finish the run: tune train {}", run.recipe().display()),
         ));
     }
-    let trained = tune_formats::open(&run.model())?;
-    Ok(BaseModel { weights: trained.weights, ..tune_formats::open(path)? })
+    Ok(BaseModel { weights: tune_formats::hf::open_weights(&run.model())?, ..tune_formats::open(path)? })
 }
 
 /// Refuses an adapter that does not fit, or that was trained on other weights.

@@ -92,7 +92,7 @@ pub fn prove(
                 progress(Step::Weights { done, tensors });
             })?;
             problems.extend(checks.iter().filter_map(WeightCheck::problem));
-            let model = tune_models::load(found, Quantization::Keep, &Device::flex())?;
+            let model = tune_models::load(found, Quantization::Keep, &Device::flex())?.releasing();
             (coarsest_type(found)?, model, worst(&checks))
         }
         Artefact::Adapter(adapter) => ("adapter".to_owned(), over_base(adapter, trained)?, None),
@@ -202,7 +202,7 @@ fn open(path: &Path, trained: &Trained<'_>) -> Result<Artefact> {
 fn over_base(adapter: &Adapter, trained: &Trained<'_>) -> Result<Llama> {
     adapter.check_base(trained.base)?;
     let mut model = trained.model.without_adapters();
-    model.attach_weights(adapter, 0.0)?;
+    model.attach_frozen(adapter)?;
     Ok(model)
 }
 

@@ -66,14 +66,14 @@ impl<'a> Trained<'a> {
         data: Option<&Path>,
     ) -> Result<Self> {
         let quantization = spec.map_or(Quantization::Keep, tune_train::quantization);
-        let mut model = tune_models::load(base, quantization, &Device::flex())?;
+        let mut model = tune_models::load(base, quantization, &Device::flex())?.releasing();
         if !adapter.layers.is_empty() {
             adapter.check_base(base)?;
-            model.attach_weights(adapter, 0.0)?;
+            model.attach_frozen(adapter)?;
         }
         let (training, held_out) = rows(base, tokenizer, spec, data)?;
         let plain = match untrained {
-            Some(untrained) => tune_models::load(untrained, quantization, &Device::flex())?,
+            Some(untrained) => tune_models::load(untrained, quantization, &Device::flex())?.releasing(),
             None => model.without_adapters(),
         };
         let mut base_loss = Evaluation::default();

@@ -212,6 +212,41 @@ fn a_run_of_all_weights_generates_and_is_exported() {
         assert_eq!(refused.status.code(), Some(2));
         assert!(String::from_utf8_lossy(&refused.stderr).contains("gguf:f16"), "no way out");
     }
+    // The base of the recipe was replaced by another of its shapes.
+    let other = folder.join("other");
+    fs::create_dir(&other).expect("a folder");
+    for entry in fs::read_dir(model()).expect("the base").flatten() {
+        fs::copy(entry.path(), other.join(entry.file_name())).expect("copied");
+    }
+    let weights = other.join("model.safetensors");
+    let mut bytes = fs::read(&weights).expect("weights");
+    let start = bytes.len() / 2;
+    bytes[start..].iter_mut().step_by(4).for_each(|lowest| *lowest ^= 1);
+    fs::write(&weights, bytes).expect("written");
+    let recipe = fs::read_to_string(folder.join("run/run.toml")).expect("the run's recipe");
+    let (named, replaced) = (model().display().to_string(), other.display().to_string());
+    assert!(recipe.contains(&named), "{recipe}");
+    fs::write(folder.join("run/run.toml"), recipe.replace(&named, &replaced)).expect("written");
+    let commands: [&[&str]; 3] = [
+        &["export", "run", "--to", "gguf:f16"],
+        &["generate", "run", "-p", "count", "-n", "1"],
+        &["eval", "run", "rows.jsonl"],
+    ];
+    for command in commands {
+        let refused = tune(folder, command).output().expect("tune runs");
+        let told = String::from_utf8_lossy(&refused.stderr);
+        assert!(
+            !refused.status.success() && told.contains("run was trained on other weights"),
+            "{command:?}: {told}"
+        );
+        run(folder, &[command, &["--any-base"]].concat());
+    }
+    fs::write(folder.join("run/run.toml"), recipe).expect("written");
+
+    // Over a base whose tokenizer fits no tokenizer.json the run has none, and needs none.
+    fs::remove_file(folder.join("run/model/tokenizer.json")).expect("it was there");
+    assert_eq!(answer("run"), answer("copy"));
+
     let nf4 = [&["train", "recipe.toml", "--set", "model.quantization=nf4"], &full[..]].concat();
     assert_eq!(tune(folder, &nf4).output().expect("tune runs").status.code(), Some(2));
 }

@@ -6,8 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use tune_quant::{RowOrder, StoredMatrix};
+
 use super::{GgufFile, TensorInfo, names};
-use crate::peft::{Adapter, AdapterConfig, LoraWeights};
+use crate::peft::{Adapter, AdapterConfig, Factor, LoraWeights};
 use crate::{FormatError, ModelConfig};
 
 /// Whether the metadata of a GGUF file say that it is an adapter.
@@ -61,12 +63,7 @@ pub fn read_adapter(path: &Path, config: &ModelConfig) -> Result<Adapter, Format
     Ok(Adapter { config, layers })
 }
 
-fn pair(
-    file: &GgufFile,
-    stem: &str,
-    a: &TensorInfo,
-    order: tune_quant::RowOrder,
-) -> Result<LoraWeights, FormatError> {
+fn pair(file: &GgufFile, stem: &str, a: &TensorInfo, order: RowOrder) -> Result<LoraWeights, FormatError> {
     let name_b = format!("{stem}.lora_b");
     let b = file.tensor(&name_b).ok_or_else(|| FormatError::tensor(&name_b, "it is missing"))?;
     let (&[d_in, r], &[r_of_b, d_out]) = (&a.dims[..], &b.dims[..]) else {
@@ -76,16 +73,18 @@ fn pair(
         let reason = format!("its rank is {r}, that of {name_b} {r_of_b}");
         return Err(FormatError::tensor(&a.name, reason));
     }
-    let stored = values(file, b)?;
-    let rows = (0..d_out).map(|row| order.stored_row(row));
-    let b: Vec<f32> = rows.flat_map(|row| &stored[row * r..(row + 1) * r]).copied().collect();
-    Ok(LoraWeights { r, d_in, d_out, a: values(file, a)?.into(), b: b.into() })
-}
-
-fn values(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>, FormatError> {
-    let mut values = vec![0.0; tensor.elements()];
-    tensor.block_type.decode(&file.data(tensor)?, &mut values);
-    Ok(values)
+    let factor = |tensor: &TensorInfo, rows, cols, order| {
+        StoredMatrix::from_blocks(tensor.block_type, rows, cols, file.data(tensor)?, order)
+            .map(Factor::Stored)
+            .ok_or_else(|| FormatError::tensor(&tensor.name, "its bytes do not fill its rows"))
+    };
+    Ok(LoraWeights {
+        r,
+        d_in,
+        d_out,
+        a: factor(a, r, d_in, RowOrder::Natural)?,
+        b: factor(b, d_out, r, order)?,
+    })
 }
 
 /// The same update at rank `r`.
@@ -96,7 +95,7 @@ fn fill_up(lora: &mut LoraWeights, r: usize) {
     let factor = r as f32 / lora.r as f32;
     lora.a.to_mut().resize(r * lora.d_in, 0.0);
     let mut b = vec![0.0; lora.d_out * r];
-    for (wide, narrow) in b.chunks_exact_mut(r).zip(lora.b.chunks_exact(lora.r)) {
+    for (wide, narrow) in b.chunks_exact_mut(r).zip(lora.b.values().chunks_exact(lora.r)) {
         wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = factor * narrow);
     }
     (lora.r, lora.b) = (r, b.into());
@@ -112,7 +111,7 @@ mod tests {
             LoraWeights { r: 1, d_in: 2, d_out: 2, a: vec![1.0, 2.0].into(), b: vec![3.0, 4.0].into() };
         fill_up(&mut lora, 2);
         assert_eq!(
-            (lora.r, &lora.a[..], &lora.b[..]),
+            (lora.r, &lora.a.values()[..], &lora.b.values()[..]),
             (2, &[1.0, 2.0, 0.0, 0.0][..], &[6.0, 0.0, 8.0, 0.0][..])
         );
     }

@@ -81,9 +81,7 @@ impl GgufWriter {
     /// # Errors
     /// Another tensor's turn, more bytes than the tensor has, or a file that cannot be written.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        self.check(name, bytes.len())?;
-        self.file.write(bytes)?;
-        self.advance(bytes.len())
+        self.put(name, bytes.len(), |file| file.write(bytes))
     }
 
     /// As [`write`](Self::write), without a copy.
@@ -91,10 +89,7 @@ impl GgufWriter {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn append(&mut self, name: &str, bytes: ByteView) -> Result<(), FormatError> {
-        let len = bytes.len();
-        self.check(name, len)?;
-        self.file.append(bytes)?;
-        self.advance(len)
+        self.put(name, bytes.len(), |file| file.append(bytes))
     }
 
     /// Makes the file durable and puts it in its place.
@@ -109,6 +104,17 @@ impl GgufWriter {
                 Err(FormatError::unwritable(&self.path, reason))
             }
         }
+    }
+
+    fn put(
+        &mut self,
+        name: &str,
+        len: usize,
+        write: impl FnOnce(&mut AtomicFile) -> Result<(), FormatError>,
+    ) -> Result<(), FormatError> {
+        self.check(name, len)?;
+        write(&mut self.file)?;
+        self.advance(len)
     }
 
     /// Whether the next `len` bytes may be those of tensor `name`.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 
 use crate::safetensors::SafetensorsFiles;
-use crate::{BaseModel, FormatError, Source};
+use crate::{BaseModel, FormatError, Source, Weights};
 
 pub use weights::HfWeights;
 
@@ -67,6 +67,16 @@ pub fn open(path: &Path) -> Result<BaseModel, FormatError> {
         special: tokenizer.special,
         source: Source::HfDirectory(Arc::new(HfDirectory { path: path.to_owned(), files })),
     })
+}
+
+/// The weights of a model directory alone, whatever tokenizer it has or lacks.
+///
+/// # Errors
+/// As [`open`], but for the tokenizer.
+pub fn open_weights(path: &Path) -> Result<Box<dyn Weights>, FormatError> {
+    let (mut config, _) = config::read(&path.join("config.json"))?;
+    let files = Arc::new(SafetensorsFiles::open_directory(path)?);
+    Ok(Box::new(HfWeights::new(files, &mut config)?))
 }
 
 /// Name of the first GGUF file in a directory, in alphabetical order.

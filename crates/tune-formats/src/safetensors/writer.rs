@@ -127,11 +127,7 @@ impl SafetensorsWriter {
     /// # Errors
     /// Another tensor's turn, more bytes than the tensor has, or a file that cannot be written.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        self.check(name, bytes.len())?;
-        self.file.write(bytes)?;
-        self.written += bytes.len();
-        self.skip_complete();
-        Ok(())
+        self.put(name, bytes.len(), |file| file.write(bytes))
     }
 
     /// As [`write`](Self::write), without a copy.
@@ -139,12 +135,7 @@ impl SafetensorsWriter {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn append(&mut self, name: &str, bytes: ByteView) -> Result<(), FormatError> {
-        let len = bytes.len();
-        self.check(name, len)?;
-        self.file.append(bytes)?;
-        self.written += len;
-        self.skip_complete();
-        Ok(())
+        self.put(name, bytes.len(), |file| file.append(bytes))
     }
 
     /// Makes the file durable and puts it in its place.
@@ -159,6 +150,19 @@ impl SafetensorsWriter {
                 Err(FormatError::unwritable(&self.path, reason))
             }
         }
+    }
+
+    fn put(
+        &mut self,
+        name: &str,
+        len: usize,
+        write: impl FnOnce(&mut AtomicFile) -> Result<(), FormatError>,
+    ) -> Result<(), FormatError> {
+        self.check(name, len)?;
+        write(&mut self.file)?;
+        self.written += len;
+        self.skip_complete();
+        Ok(())
     }
 
     /// Whether the next `len` bytes may be those of tensor `name`.

@@ -12,7 +12,7 @@ pub struct Linear {
     pub weight: Weight,
     /// `[d_out]`.
     pub bias: Option<Vector>,
-    /// The trainable update of a frozen weight.
+    /// The update of a frozen weight.
     pub adapter: Option<Lora>,
 }
 
@@ -38,13 +38,13 @@ impl Linear {
     }
 
     /// The layer as part of a projection.
-    pub fn layer(&self) -> Layer {
+    pub fn layer(&self, device: &Device) -> Layer {
         let adapter = self.adapter.as_ref();
-        Layer {
-            weight: self.weight.clone(),
-            bias: self.bias.clone(),
-            adapter: adapter.map(|lora| (lora.a.clone(), lora.b.clone(), lora.scale() as f32)),
-        }
+        let parts = |lora: &Lora| {
+            let (a, b) = lora.factors(device);
+            (a, b, lora.scale() as f32)
+        };
+        Layer { weight: self.weight.clone(), bias: self.bias.clone(), adapter: adapter.map(parts) }
     }
 
     /// The same layer with what is trained of it as leaves of a fresh autodiff graph.
@@ -65,8 +65,14 @@ impl Linear {
         }
     }
 
+    /// Lets what is mapped of it from a file leave memory until it is read again.
+    pub fn release(&self) {
+        let factors = self.adapter.iter().flat_map(|lora| [&lora.a, &lora.b]);
+        factors.chain([&self.weight]).for_each(Weight::release);
+    }
+
     /// Whether anything of it is trained.
     pub fn is_trained(&self) -> bool {
-        self.adapter.is_some() || self.weight.trained().is_some()
+        self.adapter.as_ref().is_some_and(Lora::is_trained) || self.weight.trained().is_some()
     }
 }

@@ -1,6 +1,6 @@
 //! One export: progress, and what the user should know about the result.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::path::Path;
 
 use indicatif::ProgressBar;
@@ -40,9 +40,11 @@ pub struct Job<'a> {
     pub trained_over: Option<&'a BaseModel>,
     /// `[export]` of the recipe, with what the command line says.
     pub settings: Export,
+    /// The trained model, once it is needed.
+    pub opened: OnceCell<Trained<'a>>,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
     /// Exports with a progress bar, and tells what the user should know about the result.
     pub fn write(&self, target: ExportTarget, out: &Path, replace_folder: bool) -> Result<ExportReport> {
         if !self.adapter.layers.is_empty() && self.adapter.trained_on(self.base)? == Some(false) {
@@ -71,7 +73,7 @@ impl Job<'_> {
         };
         let trained = self.trained(target)?;
         let route = self.route(target);
-        let activations = match (&trained, route) {
+        let activations = match (trained, route) {
             (Some(trained), MergeRoute::Gptq) => trained.activations(),
             _ => None,
         };
@@ -84,7 +86,7 @@ impl Job<'_> {
         let proof = RefCell::new(None);
         let bar = progress::bar("tensors");
         bar.set_message(target.to_string());
-        let judge = |place: &Path| self.judge(place, target, trained.as_ref(), &bar, &proof);
+        let judge = |place: &Path| self.judge(place, target, trained, &bar, &proof);
         let companions = if target.is_folder() { self.companions(target)? } else { Vec::new() };
         let settings = self.ollama.cloned().unwrap_or_default();
         let stop: Vec<String> = settings.stop().into_iter().map(str::to_owned).collect();
@@ -154,16 +156,20 @@ impl Job<'_> {
         Ok(companions)
     }
 
-    /// The trained model, where it is needed.
-    pub fn trained(&self, target: ExportTarget) -> Result<Option<Trained<'_>>> {
+    /// The trained model, where it is needed: opened once.
+    pub fn trained(&self, target: ExportTarget) -> Result<Option<&Trained<'a>>> {
         // without a run there are no rows for error feedback either
         let has_feedback = self.route(target) == MergeRoute::Gptq && self.run.is_some();
         if self.settings.verify == Verify::Off && !has_feedback {
             return Ok(None);
         }
-        let base = self.trained_over.unwrap_or(self.base);
-        let trained = Trained::open(base, self.adapter, self.tokenizer, self.spec(), self.untrained, None)?;
-        Ok(Some(trained))
+        if self.opened.get().is_none() {
+            let base = self.trained_over.unwrap_or(self.base);
+            let trained =
+                Trained::open(base, self.adapter, self.tokenizer, self.spec(), self.untrained, None)?;
+            return Ok(Some(self.opened.get_or_init(|| trained)));
+        }
+        Ok(self.opened.get())
     }
 
     fn route(&self, target: ExportTarget) -> MergeRoute {

@@ -3,6 +3,7 @@
 mod job;
 mod ollama;
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -137,6 +138,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         untrained: untrained.as_ref(),
         trained_over: trained_over.as_ref(),
         settings: settings(args, spec.as_ref()),
+        opened: OnceCell::new(),
     };
     let target = match target {
         Destination::File(target) => target,
@@ -278,6 +280,7 @@ pub fn write_trained_model(folder: &RunFolder, inputs: &Inputs, outcome: &Outcom
         trained_over: None,
         // these weights are the trained model
         settings: Export { verify: Verify::Off, ..inputs.spec.export.clone() },
+        opened: OnceCell::new(),
     };
     job.write(ExportTarget::Safetensors, &folder.model(), true).map(|_| ())
 }
@@ -309,6 +312,7 @@ pub fn export_run(folder: &RunFolder, inputs: &Inputs, target: &str) -> Result<S
         untrained: trained.as_ref().map(|_| &inputs.base),
         trained_over: None,
         settings: spec.export.clone(),
+        opened: OnceCell::new(),
     };
     match target {
         Destination::File(target) => {

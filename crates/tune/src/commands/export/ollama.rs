@@ -331,7 +331,7 @@ impl Creation<'_> {
         }
         let Some(trained) = self.job.trained(upload)? else { return Ok(None) };
         let spinner = download::spinner(&format!("comparing {name} with the trained model"));
-        let agreement = engines::ollama(server, name, &trained);
+        let agreement = engines::ollama(server, name, trained);
         spinner.finish_and_clear();
         match agreement {
             Ok(Some(agreement)) => {
