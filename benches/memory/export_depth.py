@@ -79,7 +79,7 @@ def make(arguments, model, run, blocks):
     rows = ["".join(chr(letter) for letter in draw.integers(97, 123, 1000)) for _ in range(4)]
     (run / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     (run / "run.toml").write_text(f'version = 1\n[model]\nbase = "{model}"\n[adapter]\ntype = "lora"\n'
-                                  f'[[data]]\npath = "{run / "rows.jsonl"}"\n')
+                                  f'[[data]]\npath = "{run / "rows.jsonl"}"\n[data_options]\nval_split = 0\n')
     tensors = {}
     for block in range(blocks):
         for name, (d_out, d_in) in LINEARS.items():

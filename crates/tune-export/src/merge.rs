@@ -83,8 +83,14 @@ pub(crate) struct MergedMatrix<'a> {
 /// A merged matrix while its rows are read.
 pub(crate) struct MergedRows<'m> {
     matrix: &'m MergedMatrix<'m>,
-    /// s, A and B.
-    factors: Option<(f32, Cow<'m, [f32]>, Cow<'m, [f32]>)>,
+    update: Option<Update<'m>>,
+}
+
+/// s · B A.
+struct Update<'m> {
+    scale: f32,
+    a: Cow<'m, [f32]>,
+    b: Cow<'m, [f32]>,
 }
 
 impl<'a> MergedTensor<'a> {
@@ -326,8 +332,9 @@ impl MergedMatrix<'_> {
 
     /// The matrix with its factors at hand: those of 16 bits are decoded for as long as it is read.
     pub(crate) fn read(&self) -> MergedRows<'_> {
-        let factors = self.update.map(|(scale, lora)| (scale, lora.a.values(), lora.b.values()));
-        MergedRows { matrix: self, factors }
+        let update =
+            self.update.map(|(scale, lora)| Update { scale, a: lora.a.values(), b: lora.b.values() });
+        MergedRows { matrix: self, update }
     }
 }
 
@@ -347,7 +354,7 @@ impl MergedRows<'_> {
     }
 
     fn add_update(&self, row: usize, values: &mut [f32]) {
-        let Some((scale, a, b)) = &self.factors else { return };
+        let Some(Update { scale, a, b }) = &self.update else { return };
         let rank = a.len() / self.cols();
         let weights = &b[row * rank..(row + 1) * rank];
         for (weight, a) in weights.iter().zip(a.chunks_exact(self.cols())) {

@@ -1,7 +1,7 @@
 //! How far an export may be from the trained model, by the type that it is stored in.
 //!
 //! Calibrated on two tuned models with nearly every type, with room: ten times and more of the largest KL that was seen from
-//! six bits on, 2.7 times and more below; Q2_K, which fits neither, by its ratio to Q3_K on two smaller ones.
+//! six bits on, 2.7 times and more below; Q2_K, which fits neither, is only measured on two smaller ones.
 //! `docs/verify.md` has the measured tables. They tell rounding from damage, not a
 //! good file from a better one; how much of the fine-tune a file keeps is judged by its retention.
 
