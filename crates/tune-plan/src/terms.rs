@@ -34,7 +34,7 @@ const GROUP: u64 = 32;
 const TILE_COLUMNS: u64 = 320;
 const TILE_ROWS: u64 = 2048;
 const ROWS_AT_ONCE: u64 = 128;
-const TASKS_PER_THREAD: u64 = 3;
+const TASKS_PER_THREAD: u64 = 2;
 
 /// Scratch space beside the packed weights of a task.
 const SCRATCH: u64 = 24 << 10;

@@ -95,9 +95,9 @@ fn counted_terms_are_equal_to_a_count_by_hand() {
     assert_eq!(bytes(&plan, "block activations"), 512 * saved);
     // dy and its rounded copy; silu(gate) ⊙ up again, d gate and d up.
     assert_eq!(bytes(&plan, "block gradients"), 512 * (4 * 576 + 2 * 576 + 2 * 3 * 1536));
-    // Two threads: sums of 96 columns of the gradient of gate's and up's input, for which 3072 rows of weights are more than
+    // Two threads: sums of 160 columns of the gradient of gate's and up's input, for which 3072 rows of weights are more than
     // this processor packs at once; packed weights; keys twice and values, gradients of keys and values in parts.
-    let tile = 512 * 96 * 4 + ((384 + 24) << 10);
+    let tile = 512 * 160 * 4 + ((384 + 24) << 10);
     assert_eq!(bytes(&plan, "task buffers"), 2 * (tile + 512 * 64 * 6 + 256 * 64 * 8));
     // One with tiles for bf16 packs them all, so 128 rows at a time have sums, of up to 320 columns.
     let with_tiles = Calibration { packed_bytes: 1 << 20, ..bf16.calibration };

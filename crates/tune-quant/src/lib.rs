@@ -19,4 +19,4 @@ pub use encode::Grid;
 pub use float::largest_magnitude;
 pub use nf4::Nf4;
 pub use simd::{Decoded, InstructionSet};
-pub use stored::{ByteView, RowOrder, SharedBytes, Storage, StoredMatrix};
+pub use stored::{ByteView, RowOrder, SharedBytes, Storage, StoredColumns, StoredMatrix};

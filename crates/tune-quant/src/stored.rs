@@ -249,19 +249,27 @@ impl StoredMatrix {
         self.decode_with(InstructionSet::best(), row, cols, out);
     }
 
-    /// What the columns `cols` of Hugging Face row `row` are stored as, to be asked for before it is decoded: blocks as in
-    /// [`decode_bf16`](Self::decode_bf16), or the packed codes of NF4.
-    pub fn stored(&self, row: usize, cols: Range<usize>) -> &[u8] {
-        match &self.storage {
-            Storage::Blocks { block_type, bytes } => {
-                let row_start = self.row_order.stored_row(row) * self.cols;
-                let byte_of = |col| block_type.row_bytes(row_start + col).unwrap_or_default();
-                bytes.get(byte_of(cols.start)..byte_of(cols.end)).unwrap_or_default()
-            }
-            Storage::Nf4(nf4) => {
-                let codes = row * self.cols + cols.start..row * self.cols + cols.end;
-                nf4.parts().packed.get(codes.start / 2..codes.end / 2).unwrap_or_default()
-            }
+    /// What decodes the columns `cols` of one row after the other; ranges as in [`decode_bf16`](Self::decode_bf16).
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer columns, or `cols` begins or ends inside of a block.
+    pub fn columns(&self, cols: Range<usize>) -> StoredColumns<'_> {
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        StoredColumns {
+            rows: self.rows,
+            row_order: self.row_order,
+            len: cols.len(),
+            stored: match &self.storage {
+                Storage::Blocks { block_type, bytes } => {
+                    let byte_of =
+                        |col| block_type.row_bytes(col).expect("columns begin and end with a block");
+                    let (of_row, first) = (byte_of(self.cols), byte_of(cols.start));
+                    let of_part = byte_of(cols.end) - first;
+                    Stored::Blocks { block_type: *block_type, bytes, of_row, first, of_part }
+                }
+                Storage::Nf4(nf4) => Stored::Nf4 { nf4, of_row: self.cols, first: cols.start },
+            },
         }
     }
 
@@ -283,6 +291,56 @@ impl StoredMatrix {
                 block_type.decode_with(instructions, &bytes[byte_of(cols.start)..byte_of(cols.end)], out);
             }
             Storage::Nf4(nf4) => nf4.decode_with(instructions, row * self.cols + cols.start, out),
+        }
+    }
+}
+
+/// Some columns of a [`StoredMatrix`]: everything about them that is the same in each row is worked out once.
+#[derive(Clone, Debug)]
+pub struct StoredColumns<'a> {
+    rows: usize,
+    row_order: RowOrder,
+    len: usize,
+    stored: Stored<'a>,
+}
+
+/// Where the columns lie: those of the first row from `first` on, and `of_row` further those of the next.
+#[derive(Clone, Debug)]
+enum Stored<'a> {
+    Blocks { block_type: BlockType, bytes: &'a [u8], of_row: usize, first: usize, of_part: usize },
+    Nf4 { nf4: &'a Nf4, of_row: usize, first: usize },
+}
+
+impl StoredColumns<'_> {
+    /// What Hugging Face row `row` is stored as, to be asked for before it is decoded: blocks, or the packed codes of NF4.
+    /// Nothing where there is no such row.
+    pub fn stored(&self, row: usize) -> &[u8] {
+        if row >= self.rows {
+            return &[];
+        }
+        match self.stored {
+            Stored::Blocks { bytes, of_row, first, of_part, .. } => {
+                let start = self.row_order.stored_row(row) * of_row + first;
+                bytes.get(start..start + of_part).unwrap_or_default()
+            }
+            Stored::Nf4 { nf4, of_row, first } => {
+                let start = row * of_row + first;
+                nf4.parts().packed.get(start / 2..(start + self.len) / 2).unwrap_or_default()
+            }
+        }
+    }
+
+    /// Decodes Hugging Face row `row`, rounded to the nearest `bf16` (ties to even).
+    pub fn decode_bf16(&self, row: usize, out: &mut [bf16]) {
+        debug_assert_eq!(out.len(), self.len);
+        match self.stored {
+            Stored::Blocks { block_type, bytes, of_row, first, of_part } => {
+                let start = self.row_order.stored_row(row) * of_row + first;
+                block_type.decode_with(InstructionSet::best(), &bytes[start..start + of_part], out);
+            }
+            Stored::Nf4 { nf4, of_row, first } => {
+                nf4.decode_with(InstructionSet::best(), row * of_row + first, out);
+            }
         }
     }
 }

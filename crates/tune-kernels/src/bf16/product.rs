@@ -8,16 +8,18 @@
 //! after others with them, and hands the finished sums of these rows on while they are in the cache, to be written in
 //! whatever form is wanted. So a low-rank update, a bias, a residual or an activation costs no pass of its own over C.
 //! Where B is too deep to be packed at once, that is done in portions, and sums of all rows wait for the last. Every
-//! element is summed over the same blocks in the same order, whatever the number of tasks.
+//! element is summed in the same order, whatever the number of tasks: with AVX-512 one addend after the other, with tiles
+//! and elsewhere block by block.
 
 use std::ops::Range;
 
 use half::bf16;
-use tune_quant::StoredMatrix;
+use tune_quant::{StoredColumns, StoredMatrix};
 
 use super::convert::round_row;
 use super::tile::{
-    PairedRows, PanelRow, Panels, Sums, WIDTH, has_tiles, height, multiply, pack_columns, pack_row_pair,
+    PairedRows, PanelRow, Panels, Part, Sums, WIDTH, has_tiles, height, multiply, multiply_parts,
+    pack_columns, pack_row_pair,
 };
 use crate::cpu::{Buffer, for_each, prefetch, with_buffers};
 
@@ -28,7 +30,8 @@ const BLOCK_DEPTH: usize = 384;
 const MOST_COLUMNS: usize = 320;
 
 /// Most rows of a task: where sums have to wait, they take 2.5 MiB, whatever the number of tokens or, in the gradient of a
-/// head, of ids. Columns are packed again for each task, which is little beside so many rows.
+/// head, of ids. Columns are packed again for each task, which is little beside so many rows. (Equal parts of more rows can
+/// be a few larger, up to the height of a tile.)
 const MOST_ROWS: usize = 2048;
 
 /// Rows whose sums are made at once: with [`MOST_COLUMNS`] they take 160 KiB of the second-level cache.
@@ -40,8 +43,9 @@ pub fn packed_bytes() -> usize {
     if has_tiles() { 1 << 20 } else { 384 << 10 }
 }
 
-/// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long.
-const TASKS_PER_THREAD: usize = 3;
+/// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long. More tasks have
+/// fewer columns, and to decode a row in parts of three blocks takes three times as long as in parts of five.
+const TASKS_PER_THREAD: usize = 2;
 
 /// Rows of a stored matrix after the one that is read, of which the processor is told then: it foresees what follows in
 /// memory, and these parts of rows do not.
@@ -110,17 +114,35 @@ impl Source<'_> {
         }
     }
 
-    /// The columns `cols` of row `row`.
-    fn read(&self, row: usize, cols: Range<usize>, out: &mut [bf16]) {
+    /// What reads the columns `cols` of its rows.
+    fn columns(&self, cols: Range<usize>) -> Columns<'_> {
         match self {
-            Self::Stored(matrix) => {
-                if row + ROWS_AHEAD < matrix.rows() {
-                    prefetch(matrix.stored(row + ROWS_AHEAD, cols.clone()));
-                }
-                matrix.decode_bf16(row, cols, out);
+            Self::Stored(matrix) => Columns::Stored(matrix.columns(cols)),
+            Self::Floats { values, cols: width } => Columns::Floats { values, stride: *width, cols },
+            Self::Halves { values, stride } => Columns::Halves { values, stride: *stride, cols },
+        }
+    }
+}
+
+/// Some columns of a [`Source`].
+enum Columns<'a> {
+    Stored(StoredColumns<'a>),
+    Floats { values: &'a [f32], stride: usize, cols: Range<usize> },
+    Halves { values: &'a [bf16], stride: usize, cols: Range<usize> },
+}
+
+impl Columns<'_> {
+    /// Those of row `row`.
+    fn read(&self, row: usize, out: &mut [bf16]) {
+        match self {
+            Self::Stored(columns) => {
+                prefetch(columns.stored(row + ROWS_AHEAD));
+                columns.decode_bf16(row, out);
             }
-            Self::Floats { values, cols: width } => round_row(&values[row * width..][cols], out),
-            Self::Halves { values, stride, .. } => out.copy_from_slice(&values[row * stride..][cols]),
+            Self::Floats { values, stride, cols } => round_row(&values[row * stride..][cols.clone()], out),
+            Self::Halves { values, stride, cols } => {
+                out.copy_from_slice(&values[row * stride..][cols.clone()]);
+            }
         }
     }
 }
@@ -201,16 +223,10 @@ pub(super) fn run(products: &[Product]) {
         let share = (wanted * work(product)).div_ceil(all.max(1)).max(1);
         let granularity = product.terms.iter().map(Term::column_granularity).max().unwrap_or(1).max(WIDTH);
         let most = (MOST_COLUMNS / granularity).max(1) * granularity;
-        let columns = product.cols.div_ceil(share).next_multiple_of(granularity).clamp(granularity, most);
-        let column_tasks = product.cols.div_ceil(columns);
-        let height = height();
-        let rows = product.rows.div_ceil((share / column_tasks).max(1)).next_multiple_of(height);
-        let rows = rows.min(MOST_ROWS / height * height);
-        for first_row in (0..product.rows).step_by(rows.max(1)) {
-            for first in (0..product.cols).step_by(columns) {
-                let rows = first_row..product.rows.min(first_row + rows);
-                tasks.push((product, rows, first..product.cols.min(first + columns)));
-            }
+        let columns = parts(product.cols, granularity, share.max(product.cols.div_ceil(most)));
+        let row_tasks = (share / columns.len()).max(product.rows.div_ceil(MOST_ROWS)).max(1);
+        for rows in parts(product.rows, height(), row_tasks) {
+            tasks.extend(columns.iter().map(|cols| (product, rows.clone(), cols.clone())));
         }
     }
     for_each(tasks, |(product, rows, cols)| {
@@ -218,12 +234,21 @@ pub(super) fn run(products: &[Product]) {
     });
 }
 
+/// `0..len` in up to `count` parts that begin at multiples of `unit` and differ by one of it at most.
+fn parts(len: usize, unit: usize, count: usize) -> Vec<Range<usize>> {
+    let units = len.div_ceil(unit);
+    let count = count.min(units).max(1);
+    let start = |i: usize| (i * units).div_ceil(count) * unit;
+    (0..count).map(|i| start(i)..start(i + 1).min(len)).filter(|part| !part.is_empty()).collect()
+}
+
 /// Buffers of a task, kept by the thread for the next one.
 #[derive(Default)]
 struct Workspace {
     panels: Buffer<PanelRow>,
     decoded: Buffer<bf16>,
-    padded: Vec<bf16>,
+    /// Rows of A of an odd depth, for each block of a portion.
+    padded: Vec<Vec<bf16>>,
     /// Rows of A, gathered.
     rows: Buffer<bf16>,
     sums: Buffer<f32>,
@@ -260,15 +285,18 @@ fn make_tile(product: &Product, rows: Range<usize>, cols: Range<usize>, workspac
             let rows_at_once = top..rows.end.min(top + ROWS_AT_ONCE);
             let sums = &mut sums[if waits { (top - rows.start) * stride } else { 0 }..];
             let mut rest = &*panels;
-            for (j, block) in portion.iter().enumerate() {
+            padded.resize_with(portion.len().max(padded.len()), Vec::new);
+            let mut parts = Vec::with_capacity(portion.len());
+            for (block, padded) in portion.iter().zip(padded.iter_mut()) {
                 let of_block;
                 (of_block, rest) = rest.split_at(panels_of_a_block * block.pairs());
-                let of_block = Panels::new(of_block, block.pairs());
+                let panels = Panels::new(of_block, block.pairs()).narrow(cols.len());
                 let a = block.term.a.slice_rows(rows_at_once.clone(), padded);
-                let a = PairedRows::new(&a.values[block.depth.start.min(a.values.len())..], a.stride);
-                let sums = &mut Sums::new(sums, stride);
-                multiply_all(rows_at_once.len(), a, of_block, sums, i + j > 0, gathered);
+                let rows = PairedRows::new(&a.values[block.depth.start.min(a.values.len())..], a.stride);
+                parts.push(Part { rows, panels });
             }
+            let count = rows_at_once.len();
+            multiply_all(count, &parts, &mut Sums::new(sums, stride), i > 0, gathered);
             if portion.is_empty() {
                 sums[..rows_at_once.len() * stride].fill(0.0);
             }
@@ -294,23 +322,25 @@ fn portions<'a>(blocks: impl Iterator<Item = Block<'a>>, most: usize) -> Vec<Vec
     portions
 }
 
-/// [`multiply`], with rows of A copied first where they lie badly and it is worth while.
+/// [`multiply_parts`], with rows of A copied first where they lie badly and it is worth while.
 fn multiply_all(
     count: usize,
-    a: PairedRows,
-    panels: Panels,
+    parts: &[Part],
     sums: &mut Sums,
     accumulate: bool,
     gathered: &mut Buffer<bf16>,
 ) {
-    if panels.count() < FEWEST_PANELS_TO_GATHER || !a.is_slow() {
-        return multiply(count, a, panels, sums, accumulate);
+    let is_slow = |part: &Part| part.panels.count() >= FEWEST_PANELS_TO_GATHER && part.rows.is_slow();
+    if !parts.iter().any(is_slow) {
+        return multiply_parts(count, parts, sums, accumulate);
     }
     let height = height();
-    for top in (0..count).step_by(height) {
-        let count = height.min(count - top);
-        let a = a.gather(top, count, 2 * panels.pairs(), gathered);
-        multiply(count, a, panels, &mut sums.below(top), accumulate);
+    for (i, part) in parts.iter().enumerate() {
+        for top in (0..count).step_by(height) {
+            let count = height.min(count - top);
+            let rows = part.rows.gather(top, count, 2 * part.panels.pairs(), gathered);
+            multiply(count, rows, part.panels, &mut sums.below(top), accumulate || i > 0);
+        }
     }
 }
 
@@ -333,10 +363,11 @@ fn pack(
         Factor::Transposed(source) => {
             let depth = 2 * pairs;
             let decoded = decoded.take(WIDTH * depth);
+            let columns = source.columns(block.clone());
             for (panel, first) in panels.chunks_exact_mut(pairs).zip(cols.clone().step_by(WIDTH)) {
                 let count = WIDTH.min(cols.end - first);
                 for (j, column) in decoded.chunks_exact_mut(depth).take(count).enumerate() {
-                    source.read(first + j, block.clone(), &mut column[..block.len()]);
+                    columns.read(first + j, &mut column[..block.len()]);
                     column[block.len()..].fill(bf16::ZERO);
                 }
                 pack_columns(decoded, count, depth, panel);
@@ -351,10 +382,11 @@ fn pack(
         }
         Factor::Plain(source) => {
             let (even, odd) = decoded.take(2 * cols.len()).split_at_mut(cols.len());
+            let columns = source.columns(cols);
             for (p, k) in block.clone().step_by(2).enumerate() {
-                source.read(k, cols.clone(), even);
+                columns.read(k, even);
                 if k + 1 < block.end {
-                    source.read(k + 1, cols.clone(), odd);
+                    columns.read(k + 1, odd);
                 } else {
                     odd.fill(bf16::ZERO);
                 }
@@ -441,6 +473,22 @@ mod tests {
                 0 => w[k_ * n + j].to_f64(),
                 _ => rounded[k_ * n + j].to_f64(),
             });
+        }
+    }
+
+    #[test]
+    fn parts_of_about_the_same_size() {
+        let lens = |len, unit, count| parts(len, unit, count).iter().map(Range::len).collect::<Vec<_>>();
+        assert_eq!(lens(576, 32, 4), [160, 128, 160, 128]);
+        assert_eq!(lens(2048, 12, 1), [2048]);
+        assert_eq!(lens(70, 32, 9), [32, 32, 6]);
+        assert_eq!(lens(0, 12, 3), [0; 0]);
+        for (len, unit, count) in [(4096, 12, 2), (49152, 32, 154), (577, 32, 5), (1, 12, 6)] {
+            let parts = parts(len, unit, count);
+            assert!(
+                parts.len() <= count && parts.first().unwrap().start == 0 && parts.last().unwrap().end == len
+            );
+            assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start && pair[1].start % unit == 0));
         }
     }
 

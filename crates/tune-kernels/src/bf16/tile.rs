@@ -86,12 +86,20 @@ pub(super) struct Panels<'a> {
     stride: usize,
     first: usize,
     pairs: usize,
+    /// Columns of B in all of them; those beyond are zeros that nobody asks for.
+    columns: usize,
 }
 
 impl<'a> Panels<'a> {
     /// `rows` in panels of `pairs` pairs.
     pub(super) fn new(rows: &'a [PanelRow], pairs: usize) -> Self {
-        Self { rows, stride: pairs, first: 0, pairs }
+        let columns = rows.len() / pairs.max(1) * WIDTH;
+        Self { rows, stride: pairs, first: 0, pairs, columns }
+    }
+
+    /// Only the first `columns` are wanted of what they make.
+    pub(super) fn narrow(self, columns: usize) -> Self {
+        Self { columns, ..self }
     }
 
     /// The pairs `pairs` of each panel.
@@ -108,10 +116,22 @@ impl<'a> Panels<'a> {
         self.rows.len() / self.stride.max(1)
     }
 
+    /// The panel `index`.
+    fn panel(self, index: usize) -> &'a [PanelRow] {
+        &self.rows[index * self.stride + self.first..][..self.pairs]
+    }
+
     fn each(self) -> impl Iterator<Item = &'a [PanelRow]> {
         let panels = self.rows.chunks_exact(self.stride.max(1));
         panels.map(move |panel| &panel[self.first..self.first + self.pairs])
     }
+}
+
+/// A product of a sum: rows of A and as much of the depth of B.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub(super) rows: PairedRows<'a>,
+    pub(super) panels: Panels<'a>,
 }
 
 /// A tile of sums: rows that begin `stride` apart.
@@ -132,31 +152,47 @@ impl<'a> Sums<'a> {
     }
 }
 
-/// `sums = rows · panels`, or `sums += rows · panels`, for `count` rows and the whole depth of the panels; those of a
-/// panel lie beside those of the panel before.
+/// [`multiply_parts`] of one part.
 pub(super) fn multiply(count: usize, rows: PairedRows, panels: Panels, sums: &mut Sums, accumulate: bool) {
-    let columns = panels.count() * WIDTH;
+    multiply_parts(count, &[Part { rows, panels }], sums, accumulate);
+}
+
+/// `sums = Σ rows · panels` over `parts`, or `sums += …`, for `count` rows and the whole depth of the panels; those of a
+/// panel lie beside those of the panel before.
+pub(super) fn multiply_parts(count: usize, parts: &[Part], sums: &mut Sums, accumulate: bool) {
+    let Some(first) = parts.first() else { return };
+    let columns = first.panels.count() * WIDTH;
     if count == 0 || columns == 0 {
         return;
     }
-    assert!((count - 1) * rows.stride + 2 * panels.pairs() <= rows.values.len(), "rows of A");
     assert!((count - 1) * sums.stride + columns <= sums.values.len(), "rows of sums");
+    for Part { rows, panels } in parts {
+        assert!(panels.count() * WIDTH == columns, "as many panels in each part");
+        assert!((count - 1) * rows.stride + 2 * panels.pairs() <= rows.values.len(), "rows of A");
+    }
     #[cfg(target_arch = "x86_64")]
-    if Engine::best() != Engine::Plain && panels.pairs() > 0 {
+    if Engine::best() == Engine::Avx512 {
+        // SAFETY: the processor has the instructions, and rows and sums were checked against their slices above.
+        unsafe { avx512::multiply(count, parts, sums.values.as_mut_ptr(), sums.stride, accumulate) };
+        return;
+    }
+    for (i, Part { rows, panels }) in parts.iter().enumerate() {
+        multiply_part(count, *rows, *panels, sums, accumulate || i > 0);
+    }
+}
+
+fn multiply_part(count: usize, rows: PairedRows, panels: Panels, sums: &mut Sums, accumulate: bool) {
+    #[cfg(target_arch = "x86_64")]
+    if Engine::best() == Engine::Amx && panels.pairs() > 0 {
         let (rows, row_stride) = (rows.values.as_ptr(), rows.stride);
         let (sums, sum_stride) = (sums.values.as_mut_ptr(), sums.stride);
-        // SAFETY: the processor has the instructions, and rows and sums were checked against their slices above.
-        unsafe {
-            match Engine::best() {
-                Engine::Amx => amx::multiply(count, rows, row_stride, panels, sums, sum_stride, accumulate),
-                _ => avx512::multiply(count, rows, row_stride, panels, sums, sum_stride, accumulate),
-            }
-        }
+        // SAFETY: the processor has the instructions, and the caller has checked rows and sums against their slices.
+        unsafe { amx::multiply(count, rows, row_stride, panels, sums, sum_stride, accumulate) };
         return;
     }
     for row in 0..count {
         let pairs = &rows.values[row * rows.stride..][..2 * panels.pairs()];
-        let sums = sums.values[row * sums.stride..][..columns].as_chunks_mut::<WIDTH>().0;
+        let sums = sums.values[row * sums.stride..][..panels.count() * WIDTH].as_chunks_mut::<WIDTH>().0;
         for (panel, sums) in panels.each().zip(sums) {
             multiply_row(pairs, panel, sums, accumulate);
         }
@@ -302,11 +338,11 @@ mod tests {
             let mut panel = vec![PanelRow([u32::MAX; WIDTH]); depth / 2];
             pack_columns(&b, columns, depth, &mut panel);
             let mut sums = vec![f32::NAN; count * WIDTH];
-            let (rows, panels) = (PairedRows::new(&a, stride), Panels::new(&panel, depth / 2));
-            multiply(count, rows, panels, &mut Sums::new(&mut sums, WIDTH), false);
+            let part = Part { rows: PairedRows::new(&a, stride), panels: Panels::new(&panel, depth / 2) };
+            multiply_parts(count, &[part], &mut Sums::new(&mut sums, WIDTH), false);
             let want = product(count, &a, stride, &b, columns, depth);
             assert_close(&sums, &want);
-            multiply(count, rows, panels, &mut Sums::new(&mut sums, WIDTH), true);
+            multiply_parts(count, &[part], &mut Sums::new(&mut sums, WIDTH), true);
             assert_close(&sums, &want.iter().map(|v| 2.0 * v).collect::<Vec<_>>());
             let mut portable = vec![0.0; WIDTH];
             multiply_row(&a[..depth], &panel, &mut portable, false);
@@ -336,6 +372,38 @@ mod tests {
                 assert!((got - want).abs() < 1e-4, "[{i}, {j}]: {got}, want {want}");
             }
             assert!(sums[i * stride + 2 * WIDTH..(i + 1) * stride].iter().all(|v| v.is_nan()));
+        }
+    }
+
+    #[test]
+    fn sums_of_parts_have_the_same_bits_at_once_and_one_after_the_other_and_of_narrow_panels() {
+        let (count, depth) = (29, 82);
+        for columns in [7, 16, 17, 32, 48, 64] {
+            let (a, b) = (matrix(6, count * depth), matrix(7, columns * depth));
+            let count_of_panels = columns.div_ceil(WIDTH);
+            let mut panels = vec![PanelRow::ZERO; count_of_panels * depth / 2];
+            for (columns, panel) in b.chunks(WIDTH * depth).zip(panels.chunks_exact_mut(depth / 2)) {
+                pack_columns(columns, columns.len() / depth, depth, panel);
+            }
+            let part = |pairs: Range<usize>| Part {
+                rows: PairedRows::new(&a[2 * pairs.start..], depth),
+                panels: Panels::new(&panels, depth / 2).slice(pairs).narrow(columns),
+            };
+            let parts = [0..16, 16..33, 33..41].map(part);
+            let stride = count_of_panels * WIDTH;
+            let [mut at_once, mut one_by_one] = [0, 1].map(|_| vec![0.0; count * stride]);
+            multiply_parts(count, &parts, &mut Sums::new(&mut at_once, stride), false);
+            for (i, part) in parts.iter().enumerate() {
+                multiply_parts(count, &[*part], &mut Sums::new(&mut one_by_one, stride), i > 0);
+            }
+            for (i, a) in a.chunks_exact(depth).enumerate() {
+                for (j, b) in b.chunks_exact(depth).enumerate() {
+                    let (got, want) = (at_once[i * stride + j], one_by_one[i * stride + j]);
+                    assert_eq!(got.to_bits(), want.to_bits(), "[{i}, {j}] of {columns} columns");
+                    let want = a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>();
+                    assert!((f64::from(got) - want).abs() < 1e-4, "[{i}, {j}]: {got}, want {want}");
+                }
+            }
         }
     }
 

@@ -1,8 +1,9 @@
-//! Tiles of 12 × 32 sums in the registers of AVX-512, multiplied by `vdpbf16ps`; columns transposed in registers.
+//! Tiles of 12 × 32 sums in the registers of AVX-512, multiplied by `vdpbf16ps` with all parts of a sum before they are
+//! stored, and of 12 × 16 where the last panel is no wider, as those of low-rank pairs are; columns transposed in registers.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_maskz_loadu_epi32, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_maskz_loadu_epi32, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
     _mm512_shuffle_i32x4, _mm512_store_si512, _mm512_storeu_ps, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
     _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
@@ -10,81 +11,101 @@ use std::mem::transmute;
 
 use half::bf16;
 
-use super::{PanelRow, Panels, WIDTH};
+use super::{PanelRow, Part, WIDTH};
 
 /// Rows of the largest tile.
 pub(super) const HEIGHT: usize = 12;
 
 /// # Safety
-/// `rows` has `count` rows of as many pairs as the panels, `row_stride` apart, and `sums` as many rows of [`WIDTH`]
-/// values for each panel.
+/// The rows of each part have `count` rows of as many pairs as its panels, and `sums` as many rows of [`WIDTH`] values for
+/// each panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn multiply(
     count: usize,
-    rows: *const bf16,
-    row_stride: usize,
-    panels: Panels,
+    parts: &[Part],
     sums: *mut f32,
     sum_stride: usize,
     accumulate: bool,
 ) {
     macro_rules! by_height {
-        ($height:expr, $arguments:tt, $($literal:literal)*) => {
-            match $height {
+        ($height:expr, $columns:expr, $arguments:tt, $($literal:literal)*) => {
+            match ($height, $columns > HALF) {
                 // SAFETY: passed on to the caller.
-                $($literal => unsafe { tile::<$literal> $arguments },)*
+                $(
+                    ($literal, true) => unsafe { tile::<$literal, 2> $arguments },
+                    ($literal, false) => unsafe { tile::<$literal, 1> $arguments },
+                )*
                 _ => unreachable!("a tile has 1 to {HEIGHT} rows"),
             }
         };
     }
+    let panels = parts.first().map_or(0, |part| part.panels.count());
+    let columns = parts.first().map_or(0, |part| part.panels.columns);
     let mut top = 0;
     while top < count {
         // tiles of about the same height
         let height = (count - top).div_ceil((count - top).div_ceil(HEIGHT));
-        for (panel, left) in panels.each().zip((0..).step_by(WIDTH)) {
-            // SAFETY: the caller vouches for the rows and the sums.
-            let (rows, sums) = unsafe { (rows.add(top * row_stride), sums.add(top * sum_stride + left)) };
-            by_height!(height, (rows, row_stride, panel, sums, sum_stride, accumulate), 12 11 10 9 8 7 6 5 4 3 2 1);
+        for panel in 0..panels {
+            // SAFETY: the caller vouches for the sums.
+            let sums = unsafe { sums.add(top * sum_stride + panel * WIDTH) };
+            let columns = columns - panel * WIDTH;
+            by_height!(height, columns, (parts, top, panel, sums, sum_stride, accumulate), 12 11 10 9 8 7 6 5 4 3 2 1);
         }
         top += height;
     }
 }
 
+/// Columns of a register.
+const HALF: usize = WIDTH / 2;
+
+/// The sums of `ROWS` rows from `top` on and the first `HALVES` halves of the panel `panel`. What is accumulated is summed
+/// on from what was stored, so that it does not matter where a sum is interrupted.
+#[allow(clippy::needless_range_loop, reason = "rows and halves in registers, by number")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn tile<const ROWS: usize>(
-    rows: *const bf16,
-    row_stride: usize,
-    panel: &[PanelRow],
+unsafe fn tile<const ROWS: usize, const HALVES: usize>(
+    parts: &[Part],
+    top: usize,
+    panel: usize,
     sums: *mut f32,
     sum_stride: usize,
     accumulate: bool,
 ) {
-    let mut left = [_mm512_setzero_ps(); ROWS];
-    let mut right = [_mm512_setzero_ps(); ROWS];
-    for (p, b) in panel.iter().enumerate() {
-        // SAFETY: a panel row is 128 aligned bytes; the caller vouches for the pairs of each row. Every bit
-        // pattern is a vector of bf16.
-        unsafe {
-            let b_left = transmute::<__m512i, __m512bh>(_mm512_load_si512(b.0.as_ptr().cast()));
-            let b_right = transmute::<__m512i, __m512bh>(_mm512_load_si512(b.0.as_ptr().add(16).cast()));
-            for i in 0..ROWS {
-                let pair = rows.add(i * row_stride + 2 * p).cast::<i32>().read_unaligned();
-                let pair = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair));
-                left[i] = _mm512_dpbf16_ps(left[i], b_left, pair);
-                right[i] = _mm512_dpbf16_ps(right[i], b_right, pair);
+    let mut tile = [[_mm512_setzero_ps(); HALVES]; ROWS];
+    if accumulate {
+        for i in 0..ROWS {
+            for h in 0..HALVES {
+                // SAFETY: the caller vouches for the sums of each row.
+                tile[i][h] = unsafe { _mm512_loadu_ps(sums.add(i * sum_stride + HALF * h)) };
+            }
+        }
+    }
+    for Part { rows, panels } in parts {
+        let (stride, panel) = (rows.stride, panels.panel(panel));
+        // SAFETY: the caller vouches for the rows.
+        let rows = unsafe { rows.values.as_ptr().add(top * stride) };
+        for (p, b) in panel.iter().enumerate() {
+            // SAFETY: a panel row is 128 aligned bytes; the caller vouches for the pairs of each row. Every bit
+            // pattern is a vector of bf16.
+            unsafe {
+                let mut halves = [transmute::<__m512i, __m512bh>(_mm512_setzero_si512()); HALVES];
+                for (h, half) in halves.iter_mut().enumerate() {
+                    *half =
+                        transmute::<__m512i, __m512bh>(_mm512_load_si512(b.0.as_ptr().add(HALF * h).cast()));
+                }
+                for i in 0..ROWS {
+                    let pair = rows.add(i * stride + 2 * p).cast::<i32>().read_unaligned();
+                    let pair = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair));
+                    for h in 0..HALVES {
+                        tile[i][h] = _mm512_dpbf16_ps(tile[i][h], halves[h], pair);
+                    }
+                }
             }
         }
     }
     for i in 0..ROWS {
-        // SAFETY: the caller vouches for the sums of each row.
-        unsafe {
-            let out = sums.add(i * sum_stride);
-            if accumulate {
-                left[i] = _mm512_add_ps(_mm512_loadu_ps(out), left[i]);
-                right[i] = _mm512_add_ps(_mm512_loadu_ps(out.add(16)), right[i]);
-            }
-            _mm512_storeu_ps(out, left[i]);
-            _mm512_storeu_ps(out.add(16), right[i]);
+        for h in 0..HALVES {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(sums.add(i * sum_stride + HALF * h), tile[i][h]) };
         }
     }
 }
