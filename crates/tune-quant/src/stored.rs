@@ -324,8 +324,8 @@ impl StoredColumns<'_> {
                 bytes.get(start..start + of_part).unwrap_or_default()
             }
             Stored::Nf4 { nf4, of_row, first } => {
-                let start = row * of_row + first;
-                nf4.parts().packed.get(start / 2..(start + self.len) / 2).unwrap_or_default()
+                let codes = row * of_row + first..row * of_row + first + self.len;
+                nf4.parts().packed.get(codes.start / 2..codes.end / 2).unwrap_or_default()
             }
         }
     }
