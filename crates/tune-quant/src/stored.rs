@@ -240,16 +240,8 @@ impl StoredMatrix {
         }
     }
 
-    /// Decodes the columns `cols` of Hugging Face row `row`, rounded to the nearest `bf16` (ties to even).
-    ///
-    /// `cols` begins and ends at multiples of [`block_len`](Self::block_len), or ends with the row; `out` holds as
-    /// many values.
-    pub fn decode_bf16(&self, row: usize, cols: Range<usize>, out: &mut [bf16]) {
-        debug_assert_eq!(out.len(), cols.len());
-        self.decode_with(InstructionSet::best(), row, cols, out);
-    }
-
-    /// What decodes the columns `cols` of one row after the other; ranges as in [`decode_bf16`](Self::decode_bf16).
+    /// What decodes the columns `cols` of one row after the other. `cols` begins and ends at multiples of
+    /// [`block_len`](Self::block_len), or ends with the row.
     ///
     /// # Panics
     ///
@@ -273,8 +265,8 @@ impl StoredMatrix {
         }
     }
 
-    /// Decodes the columns `cols` of row `row` by the instructions given, to compare and to measure; as
-    /// [`decode_bf16`](Self::decode_bf16) or as [`decode_row`](Self::decode_row).
+    /// Decodes the columns `cols` of row `row` by the instructions given, to compare and to measure; ranges as in
+    /// [`columns`](Self::columns).
     pub fn decode_with<T: Decoded>(
         &self,
         instructions: InstructionSet,
@@ -282,16 +274,7 @@ impl StoredMatrix {
         cols: Range<usize>,
         out: &mut [T],
     ) {
-        match &self.storage {
-            Storage::Blocks { block_type, bytes } => {
-                assert!(cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
-                let row_start = self.row_order.stored_row(row) * self.cols;
-                let byte_of =
-                    |col| block_type.row_bytes(row_start + col).expect("columns begin and end with a block");
-                block_type.decode_with(instructions, &bytes[byte_of(cols.start)..byte_of(cols.end)], out);
-            }
-            Storage::Nf4(nf4) => nf4.decode_with(instructions, row * self.cols + cols.start, out),
-        }
+        self.columns(cols).decode_with(instructions, row, out);
     }
 }
 
@@ -333,14 +316,16 @@ impl StoredColumns<'_> {
     /// Decodes Hugging Face row `row`, rounded to the nearest `bf16` (ties to even).
     pub fn decode_bf16(&self, row: usize, out: &mut [bf16]) {
         debug_assert_eq!(out.len(), self.len);
+        self.decode_with(InstructionSet::best(), row, out);
+    }
+
+    fn decode_with<T: Decoded>(&self, instructions: InstructionSet, row: usize, out: &mut [T]) {
         match self.stored {
             Stored::Blocks { block_type, bytes, of_row, first, of_part } => {
                 let start = self.row_order.stored_row(row) * of_row + first;
-                block_type.decode_with(InstructionSet::best(), &bytes[start..start + of_part], out);
+                block_type.decode_with(instructions, &bytes[start..start + of_part], out);
             }
-            Stored::Nf4 { nf4, of_row, first } => {
-                nf4.decode_with(InstructionSet::best(), row * of_row + first, out);
-            }
+            Stored::Nf4 { nf4, of_row, first } => nf4.decode_with(instructions, row * of_row + first, out),
         }
     }
 }

@@ -499,7 +499,7 @@ mod tests {
             let w = frozen(block_type, [n, k]);
             let mut rounded = vec![bf16::ZERO; n * k];
             for (row, out) in rounded.chunks_exact_mut(k).enumerate() {
-                w.matrix().decode_bf16(row, 0..k, out);
+                w.matrix().columns(0..k).decode_bf16(row, out);
             }
             let a = halves(5, 14 * k);
             let forward =

@@ -163,13 +163,12 @@ impl<'a> Job<'a> {
         if self.settings.verify == Verify::Off && !has_feedback {
             return Ok(None);
         }
-        if self.opened.get().is_none() {
-            let base = self.trained_over.unwrap_or(self.base);
-            let trained =
-                Trained::open(base, self.adapter, self.tokenizer, self.spec(), self.untrained, None)?;
-            return Ok(Some(self.opened.get_or_init(|| trained)));
+        if let Some(opened) = self.opened.get() {
+            return Ok(Some(opened));
         }
-        Ok(self.opened.get())
+        let base = self.trained_over.unwrap_or(self.base);
+        let trained = Trained::open(base, self.adapter, self.tokenizer, self.spec(), self.untrained, None)?;
+        Ok(Some(self.opened.get_or_init(|| trained)))
     }
 
     fn route(&self, target: ExportTarget) -> MergeRoute {
