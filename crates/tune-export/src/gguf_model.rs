@@ -239,6 +239,7 @@ fn verify(
                     Ok(())
                 })?;
                 found.release();
+                tensor.merged.release();
             }
         }
         progress(ExportEvent::Verified { done, tensors: tensors.len() });

@@ -94,6 +94,13 @@ struct Update<'m> {
 }
 
 impl<'a> MergedTensor<'a> {
+    /// As [`MergedMatrix::release`].
+    pub(crate) fn release(&self) {
+        if let Values::Matrix(matrix) = &self.values {
+            matrix.release();
+        }
+    }
+
     fn new(base: &BaseModel, adapter: &'a Adapter, name: String) -> Result<Self, ExportError> {
         let stored = if name == HEAD && base.config.tie_word_embeddings { EMBEDDING } else { &name };
         let values = if base.weights.shape(stored).is_some_and(|shape| shape.len() == 1) {
@@ -115,7 +122,8 @@ impl<'a> MergedTensor<'a> {
         }
     }
 
-    /// Encodes the tensor with its rows in `order` and gives the bytes, a few rows at a time, to `write`.
+    /// Encodes the tensor with its rows in `order` and gives the bytes, a few rows at a time, to `write`. Pages of base and
+    /// adapter are released, but not those of bytes that are given on as they are stored.
     pub(crate) fn encode(
         &self,
         block_type: BlockType,
@@ -142,9 +150,10 @@ impl<'a> MergedTensor<'a> {
                     let row_bytes = stored.len() / matrix.rows().max(1);
                     for rows in matrix.chunks() {
                         let bytes = stored.slice(rows.start * row_bytes..rows.end * row_bytes);
-                        bytes.map_or(Ok(()), &mut write)?;
+                        let Some(bytes) = bytes else { continue };
+                        bytes.prepare();
+                        write(bytes)?;
                     }
-                    matrix.release();
                     return Ok(Effect::default());
                 }
                 let hf_rows = rows_as_stored(order, matrix.rows());
@@ -205,18 +214,24 @@ impl<'a> MergedTensor<'a> {
             out.copy_from_slice(&stored.concat());
             return Ok(Effect::default());
         }
-        base.resize(rows.len() * cols, 0.0);
-        for (base, &row) in base.chunks_exact_mut(cols).zip(rows) {
-            matrix.base.decode_row(row, base);
-        }
+        let base = if let Some(stored) = matrix.stored_floats(rows) {
+            stored
+        } else {
+            base.resize(rows.len() * cols, 0.0);
+            for (base, &row) in base.chunks_exact_mut(cols).zip(rows) {
+                matrix.base.decode_row(row, base);
+            }
+            base
+        };
         let merged = if matrix.is_changed() {
-            merged.clone_from(base);
+            merged.clear();
+            merged.extend_from_slice(base);
             for (merged, &row) in merged.chunks_exact_mut(cols).zip(rows) {
                 matrix.add_update(row, merged);
             }
             &merged[..]
         } else {
-            &base[..]
+            base
         };
         let grids = match rounding {
             Rounding::Refit => Vec::new(),
@@ -313,6 +328,15 @@ impl MergedMatrix<'_> {
             }
             _ => None,
         }
+    }
+
+    /// The values of rows that are stored as floats, one after the other.
+    fn stored_floats(&self, rows: &[usize]) -> Option<&[f32]> {
+        let (values, order) = (self.base.as_f32()?, self.base.row_order());
+        let first = order.stored_row(*rows.first()?);
+        let follow = (first..).zip(rows).all(|(stored, &row)| order.stored_row(row) == stored);
+        let cols = self.cols();
+        values.get(first * cols..(first + rows.len()) * cols).filter(|_| follow)
     }
 
     /// The stored bytes of a row that neither the adapter nor the encoding changes.

@@ -296,11 +296,11 @@ fn verify(
             at += bytes.len();
             Ok(())
         })?;
-        found.release();
         if at != found.len() {
             differences.push(format!("{}: {} bytes, expected {at}", spec.name, found.len()));
         }
         found.release();
+        tensor.release();
         progress(ExportEvent::Verified { done, tensors: specs.len() });
     }
     Ok(())

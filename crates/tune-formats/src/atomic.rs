@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use tempfile::{Builder, NamedTempFile};
@@ -30,9 +30,17 @@ pub(crate) struct AtomicFile {
 enum State {
     /// Nothing is written yet.
     New(NamedTempFile),
-    Writing(SyncSender<ByteView>, JoinHandle<io::Result<NamedTempFile>>),
+    Writing(Writer),
     /// A write failed.
     Failed,
+}
+
+/// The thread that writes.
+struct Writer {
+    pieces: SyncSender<ByteView>,
+    /// What it has written of files: to unmap their pages takes time that it needs for writing.
+    written: Receiver<ByteView>,
+    thread: JoinHandle<io::Result<NamedTempFile>>,
 }
 
 impl AtomicFile {
@@ -68,7 +76,9 @@ impl AtomicFile {
     /// Appends `bytes`, without a copy where they are many. Their pages are released once they are written.
     pub(crate) fn append(&mut self, bytes: ByteView) -> Result<(), FormatError> {
         if bytes.len() < PIECE / 4 {
-            return self.write(&bytes);
+            self.write(&bytes)?;
+            bytes.release();
+            return Ok(());
         }
         self.send_buffer()?;
         self.send(bytes)
@@ -78,10 +88,7 @@ impl AtomicFile {
     pub(crate) fn commit(mut self) -> Result<(), FormatError> {
         let mut file = match std::mem::replace(&mut self.state, State::Failed) {
             State::New(file) => file,
-            State::Writing(sender, thread) => {
-                drop(sender);
-                self.result_of(thread)?
-            }
+            State::Writing(writer) => self.result_of(writer)?,
             State::Failed => return Err(self.error(io::Error::other("an earlier write failed"))),
         };
         let written = file.write_all(&self.buffer).and_then(|()| file.as_file().sync_all());
@@ -98,26 +105,27 @@ impl AtomicFile {
     }
 
     fn send(&mut self, bytes: ByteView) -> Result<(), FormatError> {
-        let (sender, thread) = match std::mem::replace(&mut self.state, State::Failed) {
+        let writer = match std::mem::replace(&mut self.state, State::Failed) {
             State::New(file) => {
-                let (sender, pieces) = sync_channel(1);
-                (sender, std::thread::spawn(move || write_pieces(file, &pieces)))
+                let (pieces, to_write) = sync_channel(1);
+                let (done, written) = channel();
+                let thread = std::thread::spawn(move || write_pieces(file, &to_write, &done));
+                Writer { pieces, written, thread }
             }
-            State::Writing(sender, thread) => (sender, thread),
+            State::Writing(writer) => writer,
             State::Failed => return Err(self.error(io::Error::other("an earlier write failed"))),
         };
-        if sender.send(bytes).is_ok() {
-            self.state = State::Writing(sender, thread);
+        writer.release_written();
+        if writer.pieces.send(bytes).is_ok() {
+            self.state = State::Writing(writer);
             return Ok(());
         }
         // It ends before its sender only when a write fails.
-        drop(sender);
-        self.result_of(thread).map(drop)
+        self.result_of(writer).map(drop)
     }
 
-    fn result_of(&self, thread: JoinHandle<io::Result<NamedTempFile>>) -> Result<NamedTempFile, FormatError> {
-        let result = thread.join().unwrap_or_else(|_| Err(io::Error::other("the writing thread ended")));
-        result.map_err(|error| self.error(error))
+    fn result_of(&self, writer: Writer) -> Result<NamedTempFile, FormatError> {
+        writer.finish().map_err(|error| self.error(error))
     }
 
     fn error(&self, error: io::Error) -> FormatError {
@@ -125,12 +133,24 @@ impl AtomicFile {
     }
 }
 
+impl Writer {
+    fn release_written(&self) {
+        self.written.try_iter().for_each(|piece| piece.release());
+    }
+
+    /// Waits until everything is written.
+    fn finish(self) -> io::Result<NamedTempFile> {
+        drop(self.pieces);
+        self.written.iter().for_each(|piece| piece.release());
+        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the writing thread ended")))
+    }
+}
+
 impl Drop for AtomicFile {
     /// The thread must not outlive it: the temporary file goes with the thread.
     fn drop(&mut self) {
-        if let State::Writing(sender, thread) = std::mem::replace(&mut self.state, State::Failed) {
-            drop(sender);
-            let _ = thread.join();
+        if let State::Writing(writer) = std::mem::replace(&mut self.state, State::Failed) {
+            let _ = writer.finish();
         }
     }
 }
@@ -142,13 +162,20 @@ pub(crate) fn write(target: &Path, bytes: &[u8]) -> Result<(), FormatError> {
     file.commit()
 }
 
-fn write_pieces(mut file: NamedTempFile, pieces: &Receiver<ByteView>) -> io::Result<NamedTempFile> {
+fn write_pieces(
+    mut file: NamedTempFile,
+    pieces: &Receiver<ByteView>,
+    done: &Sender<ByteView>,
+) -> io::Result<NamedTempFile> {
     let mut at = 0;
     for piece in pieces {
         file.write_all(&piece)?;
-        piece.release();
         begin_writing_back(file.as_file(), at, piece.len());
         at += piece.len() as u64;
+        if piece.is_shared() {
+            // the receiver lives as long as the sender of pieces
+            let _ = done.send(piece);
+        }
     }
     Ok(file)
 }

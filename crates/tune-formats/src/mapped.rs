@@ -10,6 +10,9 @@ use tune_quant::SharedBytes;
 
 use crate::FormatError;
 
+/// What one read maps at a time (Linux, `fault_around_bytes`), and a multiple of every page size in use.
+const AROUND: usize = 64 << 10;
+
 /// A file that is mapped as a whole, read-only.
 struct MappedFile(Mmap);
 
@@ -26,8 +29,6 @@ impl SharedBytes for MappedFile {
         #[cfg(target_os = "linux")]
         #[allow(unsafe_code, reason = "memory mapping")]
         {
-            /// What one read maps at a time, and a multiple of every page size in use.
-            const AROUND: usize = 64 << 10;
             let start = range.start / AROUND * AROUND;
             let end = range.end.next_multiple_of(AROUND).min(self.0.len());
             if start < end {
@@ -40,6 +41,13 @@ impl SharedBytes for MappedFile {
         }
         #[cfg(not(target_os = "linux"))]
         let _ = range;
+    }
+
+    /// Reads a byte of each stretch that the system maps at once.
+    fn prepare(&self, range: Range<usize>) {
+        for at in (range.start / AROUND * AROUND..range.end).step_by(AROUND) {
+            std::hint::black_box(self.0[at.max(range.start)]);
+        }
     }
 }
 

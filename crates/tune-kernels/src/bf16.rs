@@ -13,6 +13,6 @@ mod projection;
 mod tile;
 
 pub use attention::self_attention;
-pub use product::packed_bytes;
+pub use product::{packed_bytes, widened_bytes};
 pub use projection::{Input, Layer, project, reference as projection_reference};
 pub use tile::{has_tiles, is_fast};

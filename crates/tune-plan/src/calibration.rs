@@ -21,6 +21,8 @@ pub struct Calibration {
     pub bytes_per_entry_of_json: u64,
     /// Of weights that a task of a product packs at once: more where the processor multiplies tiles of `bf16`.
     pub packed_bytes: u64,
+    /// Of factors that a thread widens to `f32`, where the processor does not multiply `bf16`.
+    pub widened_bytes: u64,
     /// Half-width of the range around what is not exact, in thousandths of it.
     pub margin_permille: u64,
     /// Measured on this machine, not shipped.
@@ -36,6 +38,7 @@ pub const FLEX: Calibration = Calibration {
     bytes_per_entry_of_gguf: 530,
     bytes_per_entry_of_json: 1300,
     packed_bytes: 384 << 10,
+    widened_bytes: 0,
     margin_permille: 50,
     measured_here: false,
 };

@@ -220,8 +220,12 @@ impl Counting<'_> {
             return ("task buffers", floats, of_floats);
         }
         let sums = self.largest_sums();
-        let packed = input.calibration.packed_bytes;
-        let tile = sums.saturating_add(packed).saturating_add(SCRATCH);
+        let factors = input
+            .calibration
+            .packed_bytes
+            .saturating_add(input.calibration.widened_bytes)
+            .saturating_add(SCRATCH);
+        let tile = sums.saturating_add(factors);
         // Of the longest document, in the backward of attention: keys twice and values; and in f32 the gradients of both,
         // unless the document is so long that they are made in parts.
         let (longest, dim) = (input.data.map_or(input.sequence_len, |data| data.longest), s.head_dim);
@@ -232,7 +236,7 @@ impl Counting<'_> {
         let formula = format!(
             "{threads} threads × ({} KiB of sums + {} KiB + ({longest} × 6 + {whole} × 8) × {dim})",
             sums >> 10,
-            packed.saturating_add(SCRATCH) >> 10
+            factors >> 10
         );
         if computes_in_f32(input) {
             // blocks in f32, the loss in bf16

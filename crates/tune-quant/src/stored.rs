@@ -13,6 +13,9 @@ use crate::{BlockType, Decoded, InstructionSet, Nf4};
 pub trait SharedBytes: AsRef<[u8]> + Send + Sync {
     /// These bytes are not needed for now: a file's pages may leave memory until they are read again. The content stays.
     fn release(&self, _range: Range<usize>) {}
+
+    /// These bytes are read next: a file's pages may come to memory at once.
+    fn prepare(&self, _range: Range<usize>) {}
 }
 
 impl SharedBytes for Vec<u8> {}
@@ -40,9 +43,19 @@ impl ByteView {
         Some(Self { owner: Arc::clone(&self.owner), range: start..end })
     }
 
+    /// Whether other views hold the same owner.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.owner) > 1
+    }
+
     /// Lets the pages of a mapped file leave memory until they are read again.
     pub fn release(&self) {
         self.owner.release(self.range.clone());
+    }
+
+    /// Maps the pages of a mapped file, which are read next.
+    pub fn prepare(&self) {
+        self.owner.prepare(self.range.clone());
     }
 }
 
@@ -223,6 +236,16 @@ impl StoredMatrix {
                 Some((*block_type, bytes.get(start..start + row_bytes)?))
             }
             Storage::Nf4(_) => None,
+        }
+    }
+
+    /// All values in the order in which they are stored, where they are stored as `f32`: they need no decoding.
+    pub fn as_f32(&self) -> Option<&[f32]> {
+        match &self.storage {
+            Storage::Blocks { block_type: BlockType::F32, bytes } if cfg!(target_endian = "little") => {
+                bytemuck::try_cast_slice(bytes).ok()
+            }
+            _ => None,
         }
     }
 

@@ -81,7 +81,13 @@ pub fn note() -> Option<String> {
 
 /// Those that come with the program, for so many threads of this processor.
 fn shipped(threads: u64) -> Calibration {
-    Calibration { threads, packed_bytes: tune_kernels::bf16::packed_bytes() as u64, ..FLEX }
+    use tune_kernels::bf16::{packed_bytes, widened_bytes};
+    Calibration {
+        threads,
+        packed_bytes: packed_bytes() as u64,
+        widened_bytes: widened_bytes() as u64,
+        ..FLEX
+    }
 }
 
 /// The constants to plan with, and why stored ones are not used if there are any.

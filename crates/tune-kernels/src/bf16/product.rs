@@ -19,7 +19,7 @@ use tune_quant::{StoredColumns, StoredMatrix};
 use super::convert::round_row;
 use super::tile::{
     PairedRows, PanelRow, Panels, Part, Sums, WIDTH, has_tiles, height, multiply, multiply_parts,
-    pack_columns, pack_row_pair,
+    pack_columns, pack_row_pair, widens,
 };
 use crate::cpu::{Buffer, for_each, prefetch, with_buffers};
 
@@ -41,6 +41,12 @@ const ROWS_AT_ONCE: usize = 128;
 /// processors with tiles have, and less of that of others.
 pub fn packed_bytes() -> usize {
     if has_tiles() { 1 << 20 } else { 384 << 10 }
+}
+
+/// Bytes of `f32` that a thread keeps beside them, where factors are widened before they are multiplied: of rows of A whose
+/// sums are made at once, and of some columns of B.
+pub fn widened_bytes() -> usize {
+    if widens() { ROWS_AT_ONCE * BLOCK_DEPTH * size_of::<f32>() + (16 << 10) } else { 0 }
 }
 
 /// Tasks for each thread, so that a thread that was held up does not keep the others waiting for long. More tasks have

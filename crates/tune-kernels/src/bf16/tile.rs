@@ -3,21 +3,25 @@
 //! A panel holds [`WIDTH`] columns of B. Depth goes in pairs: element `[p][j]` of a panel is a `u32` with
 //! `B[2p][j]` in its low half and `B[2p + 1][j]` in its high half, which is what one lane of `vdpbf16ps` takes.
 //! A is read row by row as it lies in memory, also in pairs. With AVX-512 BF16 a tile of 12 × 32 sums stays in
-//! registers and a pair of each row is broadcast against two loads of the panel; with AMX one of 32 × 32;
-//! elsewhere the same sums are made with `f32` arithmetic in the same order.
+//! registers and a pair of each row is broadcast against two loads of the panel; with AMX one of 32 × 32; elsewhere
+//! both factors become `f32` before tiles of them are multiplied ([`widened`]).
 
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+mod widened;
 
 use std::ops::Range;
 
 use half::bf16;
 
 use crate::cpu::{Buffer, InstructionSet, prefetch_part, vectorised};
+use widened::Registers;
 
 /// Columns of a panel.
 pub(super) const WIDTH: usize = 32;
@@ -170,32 +174,18 @@ pub(super) fn multiply_parts(count: usize, parts: &[Part], sums: &mut Sums, accu
         assert!(panels.count() * WIDTH == columns, "as many panels in each part");
         assert!((count - 1) * rows.stride + 2 * panels.pairs() <= rows.values.len(), "rows of A");
     }
-    #[cfg(target_arch = "x86_64")]
-    if Engine::best() == Engine::Avx512 {
+    let (start, stride) = (sums.values.as_mut_ptr(), sums.stride);
+    match Engine::best() {
         // SAFETY: the processor has the instructions, and rows and sums were checked against their slices above.
-        unsafe { avx512::multiply(count, parts, sums.values.as_mut_ptr(), sums.stride, accumulate) };
-        return;
-    }
-    for (i, Part { rows, panels }) in parts.iter().enumerate() {
-        multiply_part(count, *rows, *panels, sums, accumulate || i > 0);
-    }
-}
-
-fn multiply_part(count: usize, rows: PairedRows, panels: Panels, sums: &mut Sums, accumulate: bool) {
-    #[cfg(target_arch = "x86_64")]
-    if Engine::best() == Engine::Amx && panels.pairs() > 0 {
-        let (rows, row_stride) = (rows.values.as_ptr(), rows.stride);
-        let (sums, sum_stride) = (sums.values.as_mut_ptr(), sums.stride);
-        // SAFETY: the processor has the instructions, and the caller has checked rows and sums against their slices.
-        unsafe { amx::multiply(count, rows, row_stride, panels, sums, sum_stride, accumulate) };
-        return;
-    }
-    for row in 0..count {
-        let pairs = &rows.values[row * rows.stride..][..2 * panels.pairs()];
-        let sums = sums.values[row * sums.stride..][..panels.count() * WIDTH].as_chunks_mut::<WIDTH>().0;
-        for (panel, sums) in panels.each().zip(sums) {
-            multiply_row(pairs, panel, sums, accumulate);
-        }
+        #[cfg(target_arch = "x86_64")]
+        Engine::Avx512 => unsafe { avx512::multiply(count, parts, start, stride, accumulate) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Engine::Amx => unsafe { amx::multiply(count, parts, start, stride, accumulate) },
+        // SAFETY: as above.
+        Engine::Widened(registers) => unsafe {
+            widened::multiply(registers, count, parts, start, stride, accumulate);
+        },
     }
 }
 
@@ -208,9 +198,15 @@ pub(super) fn height() -> usize {
     12
 }
 
-/// Whether products of `bf16` run on instructions of their own here.
+/// Whether products of `bf16` are at least as fast as those of `f32` here: on instructions of their own, or widened in
+/// registers that the compiler would not use by itself.
 pub fn is_fast() -> bool {
-    Engine::best() != Engine::Plain
+    Engine::best() != Engine::Widened(Registers::Plain)
+}
+
+/// Whether both factors become `f32` first.
+pub(super) fn widens() -> bool {
+    matches!(Engine::best(), Engine::Widened(_))
 }
 
 /// Whether they run on tiles (AMX).
@@ -221,7 +217,7 @@ pub fn has_tiles() -> bool {
 /// What makes the products.
 #[derive(Clone, Copy, PartialEq)]
 enum Engine {
-    Plain,
+    Widened(Registers),
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -235,27 +231,16 @@ impl Engine {
             InstructionSet::Amx => Self::Amx,
             #[cfg(target_arch = "x86_64")]
             InstructionSet::Avx512 if is_x86_feature_detected!("avx512bf16") => Self::Avx512,
-            _ => Self::Plain,
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512 => Self::Widened(Registers::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx2 => Self::Widened(Registers::Avx2),
+            _ => Self::Widened(Registers::Plain),
         }
     }
 }
 
 vectorised! {
-    /// One row of [`multiply`] without instructions for `bf16`.
-    fn multiply_row(pairs: &[bf16], panel: &[PanelRow], sums: &mut [f32], accumulate: bool) {
-        let mut products = [0.0_f32; WIDTH];
-        for (pair, row) in pairs.as_chunks::<2>().0.iter().zip(panel) {
-            let [even, odd] = pair.map(|value| f32::from_bits(u32::from(value.to_bits()) << 16));
-            for (product, both) in products.iter_mut().zip(row.0) {
-                *product += odd * f32::from_bits(both & 0xFFFF_0000);
-                *product += even * f32::from_bits(both << 16);
-            }
-        }
-        for (sum, product) in sums.iter_mut().zip(products) {
-            *sum = if accumulate { *sum + product } else { product };
-        }
-    }
-
     /// Packs two rows of B into a row of a panel; columns beyond the rows become zeros.
     pub(super) fn pack_row_pair(even: &[bf16], odd: &[bf16], out: &mut PanelRow) {
         if let (Some((even, _)), Some((odd, _))) = (even.split_first_chunk::<WIDTH>(), odd.split_first_chunk()) {
@@ -279,10 +264,16 @@ vectorised! {
 pub(super) fn pack_columns(columns: &[bf16], count: usize, stride: usize, panel: &mut [PanelRow]) {
     assert!(count == 0 || (count - 1) * stride + 2 * panel.len() <= columns.len(), "columns of B");
     #[cfg(target_arch = "x86_64")]
-    if is_fast() && count == WIDTH {
-        // SAFETY: the processor has the features, and the columns were checked against their slice above.
-        unsafe { avx512::pack_columns(columns.as_ptr(), stride, panel) };
-        return;
+    if count == WIDTH {
+        match InstructionSet::best() {
+            // SAFETY: the processor has the features, and the columns were checked against their slice above.
+            InstructionSet::Avx512 | InstructionSet::Amx => {
+                return unsafe { avx512::pack_columns(columns.as_ptr(), stride, panel) };
+            }
+            // SAFETY: as above.
+            InstructionSet::Avx2 => return unsafe { avx2::pack_columns(columns.as_ptr(), stride, panel) },
+            InstructionSet::Portable => {}
+        }
     }
     panel.fill(PanelRow::ZERO);
     for (j, column) in columns.chunks(stride.max(1)).take(count).enumerate() {
@@ -344,9 +335,6 @@ mod tests {
             assert_close(&sums, &want);
             multiply_parts(count, &[part], &mut Sums::new(&mut sums, WIDTH), true);
             assert_close(&sums, &want.iter().map(|v| 2.0 * v).collect::<Vec<_>>());
-            let mut portable = vec![0.0; WIDTH];
-            multiply_row(&a[..depth], &panel, &mut portable, false);
-            assert_close(&portable, &want[..WIDTH]);
         }
     }
 

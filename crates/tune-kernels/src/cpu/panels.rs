@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use tune_quant::{BlockType, RowOrder, Storage, StoredMatrix};
+use tune_quant::{RowOrder, StoredMatrix};
 
 use super::buffer::with_scratch;
 use super::matmul::{Target, Threads, View, ViewMut, multiply, multiply_add};
@@ -26,7 +26,7 @@ pub(crate) fn for_each_panel(w: &StoredMatrix, mut work: impl FnMut(Range<usize>
     let (rows, cols) = (w.rows(), w.cols());
     let panel_rows = panel_rows(cols);
     let ranges = (0..rows).step_by(panel_rows).map(|start| start..rows.min(start + panel_rows));
-    if let Some(values) = as_floats(w) {
+    if let Some(values) = w.as_f32().filter(|_| w.row_order() == RowOrder::Natural) {
         let whole = View::new(values, rows, cols);
         return ranges.for_each(|range| work(range.clone(), whole.slice_rows(range)));
     }
@@ -90,16 +90,4 @@ fn few_rows_times_transposed<'a>(x: View, w: &StoredMatrix, out: Target<'a>) -> 
         for_each(tasks, |(task, products): (usize, &mut [f32])| x.times(w, task * task_rows, products));
         out.fill_with(|t, i| products[i * m + t])
     })
-}
-
-/// The values of a matrix that is stored as `f32` in natural order: it needs no decoding.
-fn as_floats(w: &StoredMatrix) -> Option<&[f32]> {
-    match w.storage() {
-        Storage::Blocks { block_type: BlockType::F32, bytes }
-            if cfg!(target_endian = "little") && w.row_order() == RowOrder::Natural =>
-        {
-            bytemuck::try_cast_slice(bytes).ok()
-        }
-        _ => None,
-    }
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::inline_always)] // one copy per instruction set
 
 use super::lanes::{Column, Lanes, Levels, SIDE_BY_SIDE};
+use super::legacy_quants::magnitudes;
 use super::searches::{Columns, TINY, largest_magnitude};
 use super::{blocks, columns, in_order, put_half, put_nibbles, vectors};
 use crate::codebook_quants::NON_LINEAR;
@@ -67,54 +68,63 @@ fn level_fit<L: Lanes>(x: &Columns<LEN>, at: usize, inverse: L) -> (L, L) {
 }
 
 /// The exponent is that of the largest magnitude; a code's magnitude is the number of midpoints between the levels
-/// that the value exceeds, so that a value on a midpoint goes to the smaller level.
+/// that the value exceeds, so that a value on a midpoint goes to the smaller level. Nothing is summed: a block has a lane
+/// while exponents are found, and whole vectors for its codes.
 #[inline(always)]
 pub(super) fn encode_mxfp4<L: Lanes>(values: &[f32], out: &mut [u8]) {
     const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
-    for (values, out) in values.chunks(TOTAL).zip(out.chunks_mut(SIDE_BY_SIDE * 17)) {
-        let x = columns::<L, LEN>(values);
-        let count = values.len() / LEN;
-        let mut magnitudes = Column::ZERO;
-        for at in vectors::<L>(count) {
-            largest_magnitude::<L>(&x, at).abs().store(&mut magnitudes, at);
+    let blocks = values.as_chunks::<LEN>().0;
+    let encoded = out.as_chunks_mut::<17>().0;
+    for (blocks, encoded) in blocks.chunks(SIDE_BY_SIDE).zip(encoded.chunks_mut(SIDE_BY_SIDE)) {
+        let mut largest = Column::ZERO;
+        for at in vectors::<L>(blocks.len()) {
+            magnitudes::<L>(&blocks[at..]).store(&mut largest, at);
         }
-        let (mut exponents, mut scales) = ([0; SIDE_BY_SIDE], Column::ZERO);
-        for (lane, exponent) in exponents.iter_mut().enumerate().take(count) {
-            *exponent = mxfp4_exponent(magnitudes.0[lane]);
-            scales.0[lane] = half_power_of_two(*exponent);
-        }
-        let mut bytes = [[0; SIDE_BY_SIDE]; LEN];
-        for at in vectors::<L>(count) {
-            let (zero, one) = (L::splat(0.0), L::splat(1.0));
-            let scale = L::load(&scales, at);
-            for (x, byte) in x.iter().zip(&mut bytes) {
-                let x = L::load(x, at);
-                let mut code = zero;
-                for midpoint in MIDPOINTS {
-                    let is_above = (L::splat(midpoint) * scale).less(x.abs());
-                    code = L::select(is_above, code + one, code);
-                }
-                let is_negative = L::both(x.less(zero), zero.less(code));
-                L::select(is_negative, code + L::splat(8.0), code).store_bytes(byte, at);
+        for ((x, block), largest) in blocks.iter().zip(encoded).zip(largest.0) {
+            let (exponent, codes) = block.split_at_mut(1);
+            exponent[0] = mxfp4_exponent(largest);
+            let scale = L::splat(half_power_of_two(exponent[0]));
+            let mut midpoints = [scale; 7];
+            for (scaled, midpoint) in midpoints.iter_mut().zip(MIDPOINTS) {
+                *scaled = L::splat(midpoint) * scale;
             }
-        }
-        let q: [u8; TOTAL] = in_order(&bytes);
-        for (lane, (_, block)) in blocks::<LEN, 17>(values, out).enumerate() {
-            block[0] = exponents[lane];
-            put_nibbles(&q.as_chunks().0[lane], &mut block[1..]);
+            let mut bytes = [0; SIDE_BY_SIDE];
+            for at in vectors::<L>(LEN / 2) {
+                let low = mxfp4_codes(L::load_values(&x[at..]), &midpoints);
+                let high = mxfp4_codes(L::load_values(&x[LEN / 2 + at..]), &midpoints);
+                L::store_nibbles(low, high, &mut bytes, at);
+            }
+            codes.copy_from_slice(&bytes);
         }
     }
+}
+
+/// How many midpoints each magnitude exceeds; 8 more for what is below zero and does not become zero.
+#[inline(always)]
+fn mxfp4_codes<L: Lanes>(x: L, midpoints: &[L; 7]) -> L {
+    let (zero, one) = (L::splat(0.0), L::splat(1.0));
+    let mut code = zero;
+    for midpoint in midpoints {
+        code = code + L::select(midpoint.less(x.abs()), one, zero);
+    }
+    let is_negative = L::both(x.less(zero), zero.less(code));
+    code + L::select(is_negative, L::splat(8.0), zero)
 }
 
 /// `floor(log2 magnitude) − 2 + 127` in eight bits, where the logarithm is rounded to a single first: just below a
 /// power of two it can reach the next integer.
 #[inline(always)]
 fn mxfp4_exponent(magnitude: f32) -> u8 {
-    if magnitude > 0.0 {
+    // 2^-16 below a power of two and lower no rounding reaches it
+    const CLOSE_BELOW: u32 = 0x007F_FF00;
+    let (exponent, mantissa) = (magnitude.to_bits() >> 23, magnitude.to_bits() & 0x007F_FFFF);
+    if magnitude <= 0.0 {
+        0
+    } else if exponent > 0 && mantissa < CLOSE_BELOW {
+        (exponent as i32 - 2) as u8
+    } else {
         let log2 = f64::from(magnitude).log2() as f32;
         (log2.floor() as i32 - 2 + 127) as u8
-    } else {
-        0
     }
 }
 

@@ -208,7 +208,7 @@ fn largest_magnitudes<L: Lanes>(blocks: &[[f32; LEN]]) -> Column {
 
 /// The largest magnitude of each of as many blocks as there are lanes; zero where there are fewer.
 #[inline(always)]
-fn magnitudes<L: Lanes>(blocks: &[[f32; LEN]]) -> L {
+pub(super) fn magnitudes<L: Lanes>(blocks: &[[f32; LEN]]) -> L {
     let mut magnitudes = [L::splat(0.0); SIDE_BY_SIDE];
     for (magnitude, block) in magnitudes.iter_mut().zip(blocks).take(L::LANES) {
         for from in vectors::<L>(LEN) {

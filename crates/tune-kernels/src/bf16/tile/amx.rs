@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{Panels, WIDTH};
+use super::{PairedRows, Panels, Part, WIDTH};
 use crate::cpu::prefetch;
 
 /// Rows of the largest tile.
@@ -27,17 +27,40 @@ pub(super) const HEIGHT: usize = 2 * TILE_ROWS;
 const TILE_ROWS: usize = 16;
 
 /// # Safety
-/// The processor has tiles for `bf16`, and the system allows them. `rows` has `count` rows of as many pairs as the panels, `row_stride` apart, and
-/// `sums` as many rows of [`WIDTH`] values for each panel. There is a pair at least.
+/// The processor has tiles for `bf16`, and the system allows them. The rows of each part have `count` rows of as many pairs as its
+/// panels, and `sums` as many rows of [`WIDTH`] values for each panel.
 pub(super) unsafe fn multiply(
     count: usize,
-    rows: *const bf16,
-    row_stride: usize,
+    parts: &[Part],
+    sums: *mut f32,
+    sum_stride: usize,
+    accumulate: bool,
+) {
+    for (i, Part { rows, panels }) in parts.iter().enumerate() {
+        let accumulate = accumulate || i > 0;
+        if panels.pairs() > 0 {
+            // SAFETY: passed on to the caller.
+            unsafe { multiply_part(count, *rows, *panels, sums, sum_stride, accumulate) };
+        } else if !accumulate {
+            for row in 0..count {
+                // SAFETY: as above.
+                unsafe { sums.add(row * sum_stride).write_bytes(0, panels.count() * WIDTH) };
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`], for one part; and there is a pair at least.
+unsafe fn multiply_part(
+    count: usize,
+    rows: PairedRows,
     panels: Panels,
     sums: *mut f32,
     sum_stride: usize,
     accumulate: bool,
 ) {
+    let (rows, row_stride) = (rows.values.as_ptr(), rows.stride);
     let mut shapes = Shapes::NONE;
     let whole = panels.pairs() / TILE_ROWS * TILE_ROWS;
     for (pairs, step) in [(0..whole, TILE_ROWS), (whole..panels.pairs(), panels.pairs() - whole)] {

@@ -7,6 +7,7 @@ use tune_plan::{CatalogueModel, PlanInput, Shape, WeightBytes};
 use tune_recipe::{BaseFacts, Method, Overlong, Quantization, RunSpec};
 
 use super::Target;
+use crate::calibration;
 use crate::disk_room::Tensors;
 use crate::exit::UsageError;
 use crate::{download, inputs};
@@ -48,7 +49,9 @@ impl Subject {
     /// The question that a recipe over this model asks.
     pub fn question(&self, spec: &RunSpec, target: &Target) -> miette::Result<Question> {
         let weights = self.weights(spec.adapter.method, spec.model.quantization)?;
-        let input = PlanInput::from_spec(spec, self.name.clone(), self.shape, weights, target.budget_bytes);
+        let mut input =
+            PlanInput::from_spec(spec, self.name.clone(), self.shape, weights, target.budget_bytes);
+        input.calibration = calibration::current();
         Ok(Question {
             input,
             pool: target.pool,
