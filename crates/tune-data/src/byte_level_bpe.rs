@@ -316,9 +316,9 @@ mod tests {
         GgufTokenizer {
             model: "gpt2".into(),
             pre: Some(pre.into()),
-            tokens,
+            tokens: tokens.into(),
             token_types,
-            merges,
+            merges: merges.into(),
             ..Default::default()
         }
     }

@@ -127,7 +127,7 @@ fn character_bpe(builder: BpeBuilder, tables: &GgufTokenizer) -> tokenizers::Res
 
 fn ids(tables: &GgufTokenizer) -> Result<Ids<'_>, String> {
     let mut ids = Ids::with_capacity_and_hasher(tables.tokens.len(), rustc_hash::FxBuildHasher);
-    for (id, text) in (0..).zip(&tables.tokens) {
+    for (id, text) in (0..).zip(tables.tokens.iter()) {
         if let Some(other) = ids.insert(text, id) {
             return Err(format!("tokens {other} and {id} have the same text {text:?}"));
         }

@@ -1,6 +1,7 @@
 //! Tokenizers from `tokenizer.json` and from tables written here.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tune_data::{DataError, Tokenizer};
 use tune_formats::{GgufTokenizer, SpecialTokens, TokenType, TokenizerFiles};
@@ -23,7 +24,7 @@ fn sentencepiece(tokens: &[(&str, f32)]) -> GgufTokenizer {
     let mut tables =
         GgufTokenizer { model: "llama".into(), add_space_prefix: true, unk: Some(0), ..Default::default() };
     let mut push = |text: &str, kind, score| {
-        tables.tokens.push(text.to_owned());
+        Arc::make_mut(&mut tables.tokens).push(text.to_owned());
         tables.token_types.push(kind);
         tables.scores.push(score);
     };
@@ -121,9 +122,9 @@ fn damaged_tables_are_refused() {
     let bpe = |tokens: &[&str], merges: &[&str], pre: &str| GgufTokenizer {
         model: "gpt2".into(),
         pre: Some(pre.into()),
-        tokens: tokens.iter().map(ToString::to_string).collect(),
+        tokens: tokens.iter().map(ToString::to_string).collect::<Vec<_>>().into(),
         token_types: vec![TokenType::Normal; tokens.len()],
-        merges: merges.iter().map(ToString::to_string).collect(),
+        merges: merges.iter().map(ToString::to_string).collect::<Vec<_>>().into(),
         ..GgufTokenizer::default()
     };
     assert!(from_tables(bpe(&["a", "b", "ab"], &["a b"], "smollm")).is_ok());

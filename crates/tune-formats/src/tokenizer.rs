@@ -1,6 +1,7 @@
 //! What a model says about its tokenizer: files or tables, and the special tokens.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Where the tokenizer of a model comes from.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,13 +25,13 @@ pub struct GgufTokenizer {
     /// Name of the pre-tokenizer, for BPE.
     pub pre: Option<String>,
     /// Text of each token, by id, in the spelling of the tokenizer's kind.
-    pub tokens: Vec<String>,
+    pub tokens: Arc<Vec<String>>,
     /// Kind of each token, by id; as long as `tokens`.
     pub token_types: Vec<TokenType>,
     /// Score of each token, by id, for SentencePiece; otherwise empty.
     pub scores: Vec<f32>,
     /// `left right` pairs in order of priority, for BPE; otherwise empty.
-    pub merges: Vec<String>,
+    pub merges: Arc<Vec<String>>,
     /// Token for text that cannot be encoded.
     pub unk: Option<u32>,
     /// The engine prepends BOS.

@@ -97,7 +97,7 @@ fn a_tiny_model_opens() {
     assert_eq!((special.bos, special.eos, special.pad, special.eot), (Some(1), Some(2), Some(2), Some(2)));
     assert_eq!((special.eos_ids.as_slice(), special.add_bos), (&[0, 2][..], false));
     let TokenizerFiles::Gguf(tokenizer) = &base.tokenizer else { panic!("not from GGUF") };
-    assert_eq!(tokenizer.tokens, tiny::TOKENS);
+    assert_eq!(*tokenizer.tokens, tiny::TOKENS);
     assert_eq!(
         tokenizer.token_types[..4].to_vec(),
         [TokenType::Control; 3].into_iter().chain([TokenType::Normal]).collect::<Vec<_>>()

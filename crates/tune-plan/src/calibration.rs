@@ -34,8 +34,8 @@ pub struct Calibration {
 pub const FLEX: Calibration = Calibration {
     threads: 2,
     process_bytes: 17 << 20,
-    bytes_per_vocabulary_entry: 360,
-    bytes_per_entry_of_gguf: 530,
+    bytes_per_vocabulary_entry: 230,
+    bytes_per_entry_of_gguf: 400,
     bytes_per_entry_of_json: 1300,
     packed_bytes: 384 << 10,
     widened_bytes: 0,

@@ -155,7 +155,7 @@ impl<'a> Cursor<'a> {
                 for _ in 0..count {
                     strings.push(self.string(key)?);
                 }
-                Array::String(strings)
+                Array::String(strings.into())
             }
             10 => Array::U64(self.numbers(key, count, u64::from_le_bytes)?),
             11 => Array::I64(self.numbers(key, count, i64::from_le_bytes)?),

@@ -51,8 +51,8 @@ fn tables(file: &GgufFile, problems: &mut Vec<String>) -> GgufTokenizer {
 
     let model = get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
     let pre = get("pre").and_then(Value::as_str).map(str::to_owned);
-    let tokens = array("tokens").and_then(Array::as_strings).unwrap_or_default().to_vec();
-    let merges = array("merges").and_then(Array::as_strings).unwrap_or_default().to_vec();
+    let strings = |key: &str| array(key).and_then(Array::as_strings).cloned().unwrap_or_default();
+    let (tokens, merges) = (strings("tokens"), strings("merges"));
     let mut scores = array("scores").and_then(Array::as_floats).unwrap_or_default();
     if model.is_empty() {
         problems.push("tokenizer.ggml.model is missing".to_owned());

@@ -1,5 +1,7 @@
 //! Typed metadata of a GGUF file.
 
+use std::sync::Arc;
+
 /// A metadata value. The type matters: llama.cpp refuses a count that is not `U32` or an epsilon that is not `F32`.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "each variant is the Rust type of its value")]
@@ -31,7 +33,8 @@ pub enum Array {
     I32(Vec<i32>),
     F32(Vec<f32>),
     Bool(Vec<bool>),
-    String(Vec<String>),
+    /// Shared: a vocabulary is most of a header, and several parts of a program hold it.
+    String(Arc<Vec<String>>),
     U64(Vec<u64>),
     I64(Vec<i64>),
     F64(Vec<f64>),
@@ -154,7 +157,7 @@ impl Array {
     }
 
     /// The elements of a string array.
-    pub fn as_strings(&self) -> Option<&[String]> {
+    pub fn as_strings(&self) -> Option<&Arc<Vec<String>>> {
         match self {
             Self::String(texts) => Some(texts),
             _ => None,
@@ -270,7 +273,7 @@ macro_rules! value_from {
         }
         impl From<Vec<$from>> for Value {
             fn from(values: Vec<$from>) -> Self {
-                Self::Array(Array::$variant(values))
+                Self::Array(Array::$variant(values.into()))
             }
         }
     )*};

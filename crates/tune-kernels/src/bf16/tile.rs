@@ -198,10 +198,10 @@ pub(super) fn height() -> usize {
     12
 }
 
-/// Whether products of `bf16` are at least as fast as those of `f32` here: on instructions of their own, or widened in
-/// registers that the compiler would not use by itself.
+/// Whether products of `bf16` are at least as fast as those of `f32` here: on instructions of their own, or widened into
+/// tiles that fill the registers.
 pub fn is_fast() -> bool {
-    Engine::best() != Engine::Widened(Registers::Plain)
+    cfg!(target_feature = "neon") || Engine::best() != Engine::Widened(Registers::Plain)
 }
 
 /// Whether both factors become `f32` first.
@@ -335,6 +335,14 @@ mod tests {
             assert_close(&sums, &want);
             multiply_parts(count, &[part], &mut Sums::new(&mut sums, WIDTH), true);
             assert_close(&sums, &want.iter().map(|v| 2.0 * v).collect::<Vec<_>>());
+            for registers in Registers::available() {
+                let mut sums = vec![f32::NAN; count * WIDTH];
+                // SAFETY: `part` has `count` rows and a panel of their depth, for which there are sums.
+                unsafe {
+                    widened::multiply(registers, count, &[part], sums.as_mut_ptr(), WIDTH, false);
+                }
+                assert_close(&sums, &want);
+            }
         }
     }
 

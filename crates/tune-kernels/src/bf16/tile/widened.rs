@@ -5,6 +5,8 @@
 //! stored stays half as large. The tile is [`Lanes::HEIGHT`] rows of two registers: 6 × 16 with AVX2, 12 × 32 with
 //! AVX-512 F, and in plain Rust, which becomes NEON on aarch64, 6 × 16 again.
 
+#![allow(clippy::inline_always, reason = "compiled for the registers of the caller")]
+
 use super::{PanelRow, Part, WIDTH};
 use crate::cpu::{Buffer, with_buffers};
 
@@ -50,6 +52,22 @@ pub(super) enum Registers {
     Avx512,
 }
 
+#[cfg(test)]
+impl Registers {
+    /// Those of this processor, whatever its products of `bf16` are made with.
+    pub(super) fn available() -> Vec<Self> {
+        let mut available = vec![Self::Plain];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::cpu::InstructionSet;
+            let widest = InstructionSet::best();
+            available.extend((widest >= InstructionSet::Avx2).then_some(Self::Avx2));
+            available.extend((widest >= InstructionSet::Avx512).then_some(Self::Avx512));
+        }
+        available
+    }
+}
+
 /// Both factors in `f32`.
 #[derive(Default)]
 struct Factors {
@@ -77,7 +95,6 @@ trait Lanes {
 /// # Safety
 /// As [`multiply`]; and the processor has the registers.
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "compiled for the registers of the caller")]
 unsafe fn make_sums<L: Lanes>(
     factors: &mut Factors,
     count: usize,
@@ -101,7 +118,7 @@ unsafe fn make_sums<L: Lanes>(
         for left in (0..panels.columns).step_by(width) {
             for first in (0..depth.max(1)).step_by(DEPTH) {
                 let depth = DEPTH.min(depth - first);
-                let panel = &panels.panel(left / WIDTH)[first / 2..(first + depth) / 2];
+                let panel = &panels.panel(left / WIDTH)[first / 2..][..depth / 2];
                 widen_columns::<L>(panel, left % WIDTH, columns);
                 let accumulate = accumulate || i > 0 || first > 0;
                 let mut top = 0;
@@ -124,7 +141,6 @@ unsafe fn make_sums<L: Lanes>(
 
 /// The columns of a panel from `left` on that a tile reads.
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "as above")]
 fn widen_columns<L: Lanes>(panel: &[PanelRow], left: usize, columns: &mut [f32]) {
     // so many that the compiler makes registers of them
     const STEP: usize = 8;
@@ -150,7 +166,6 @@ fn widen_columns<L: Lanes>(panel: &[PanelRow], left: usize, columns: &mut [f32])
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "as above")]
 unsafe fn tile_of<L: Lanes>(
     height: usize,
     rows: (usize, *const f32, usize),
@@ -176,7 +191,6 @@ unsafe fn tile_of<L: Lanes>(
 /// # Safety
 /// There are as many values; and the processor has the registers.
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "as above")]
 #[allow(clippy::needless_range_loop, reason = "rows and halves in registers, by number")]
 unsafe fn tile<L: Lanes, const ROWS: usize>(
     (depth, rows, stride): (usize, *const f32, usize),
