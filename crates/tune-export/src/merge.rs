@@ -345,9 +345,11 @@ impl MergedMatrix<'_> {
         (!self.is_changed() && stored_type == block_type).then_some(bytes)
     }
 
-    /// Lets the pages of base and adapter leave memory: it has been read.
+    /// Lets the pages of base and adapter leave memory: it has been read. Those of the base are many, so a thread of the
+    /// pool does it while what comes next begins.
     pub(crate) fn release(&self) {
-        self.base.release();
+        let base = self.base.clone();
+        rayon::spawn(move || base.release());
         if let Some((_, lora)) = self.update {
             lora.a.release();
             lora.b.release();
