@@ -236,10 +236,10 @@ fn verify(
                         differences.row(name, row, found.row_blocks(row), (*block_type, wanted));
                         row += 1;
                     }
+                    bytes.release();
                     Ok(())
                 })?;
                 found.release();
-                tensor.merged.release();
             }
         }
         progress(ExportEvent::Verified { done, tensors: tensors.len() });

@@ -94,13 +94,6 @@ struct Update<'m> {
 }
 
 impl<'a> MergedTensor<'a> {
-    /// As [`MergedMatrix::release`].
-    pub(crate) fn release(&self) {
-        if let Values::Matrix(matrix) = &self.values {
-            matrix.release();
-        }
-    }
-
     fn new(base: &BaseModel, adapter: &'a Adapter, name: String) -> Result<Self, ExportError> {
         let stored = if name == HEAD && base.config.tie_word_embeddings { EMBEDDING } else { &name };
         let values = if base.weights.shape(stored).is_some_and(|shape| shape.len() == 1) {
@@ -123,7 +116,7 @@ impl<'a> MergedTensor<'a> {
     }
 
     /// Encodes the tensor with its rows in `order` and gives the bytes, a few rows at a time, to `write`. Pages of base and
-    /// adapter are released, but not those of bytes that are given on as they are stored.
+    /// adapter are released; those of bytes that are given on as they are stored, by whoever gets them.
     pub(crate) fn encode(
         &self,
         block_type: BlockType,

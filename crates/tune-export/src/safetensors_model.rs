@@ -294,13 +294,13 @@ fn verify(
             let row = at / (spec.byte_len().unwrap_or(1) / spec.shape[0].max(1)).max(1);
             differences.row(&spec.name, row, found, (spec.block_type, &bytes));
             at += bytes.len();
+            bytes.release();
             Ok(())
         })?;
         if at != found.len() {
             differences.push(format!("{}: {} bytes, expected {at}", spec.name, found.len()));
         }
         found.release();
-        tensor.release();
         progress(ExportEvent::Verified { done, tensors: specs.len() });
     }
     Ok(())

@@ -118,13 +118,13 @@ fn mxfp4_exponent(magnitude: f32) -> u8 {
     // 2^-16 below a power of two and lower no rounding reaches it
     const CLOSE_BELOW: u32 = 0x007F_FF00;
     let (exponent, mantissa) = (magnitude.to_bits() >> 23, magnitude.to_bits() & 0x007F_FFFF);
-    if magnitude <= 0.0 {
-        0
-    } else if exponent > 0 && mantissa < CLOSE_BELOW {
+    if magnitude > 0.0 && exponent > 0 && mantissa < CLOSE_BELOW {
         (exponent as i32 - 2) as u8
-    } else {
+    } else if magnitude > 0.0 {
         let log2 = f64::from(magnitude).log2() as f32;
         (log2.floor() as i32 - 2 + 127) as u8
+    } else {
+        0
     }
 }
 
