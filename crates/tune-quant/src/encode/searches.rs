@@ -224,7 +224,9 @@ pub(super) fn one_by_one<L: Lanes, const LEN: usize, const SETS: usize>(
                 let is_valid = L::both(zero.less(rest_qx), zero.less(qq));
                 let fits_better = (sum_qx[s] * sum_qx[s] * qq).less(qx * qx * sum_qq[s]);
                 let better = L::both(L::both(is_valid, fits_better), old.differs(new));
-                L::select(better, new, old).store(&mut codes[s][i], at);
+                // Not a selection of `new` or `old`: that becomes a masked store, which AMD's processors with AVX2 run as
+                // microcode. The difference of two small integers is exact.
+                (old + L::select(better, new - old, zero)).store(&mut codes[s][i], at);
                 sum_qx[s] = L::select(better, qx, sum_qx[s]);
                 sum_qq[s] = L::select(better, qq, sum_qq[s]);
                 changed |= L::any(better);
@@ -237,8 +239,10 @@ pub(super) fn one_by_one<L: Lanes, const LEN: usize, const SETS: usize>(
     let mut scales = [zero; SETS];
     for s in 0..SETS {
         let tiny = largest_magnitude::<L>(&x[s], at).abs().less(L::splat(TINY));
-        for q in &mut codes[s] {
-            L::select(tiny, L::splat(-HALF), L::load(q, at)).store(q, at);
+        if L::any(tiny) {
+            for q in &mut codes[s] {
+                L::select(tiny, L::splat(-HALF), L::load(q, at)).store(q, at);
+            }
         }
         let scale = L::select(zero.less(sum_qq[s]), sum_qx[s] / sum_qq[s], zero);
         scales[s] = L::select(tiny, zero, scale);
