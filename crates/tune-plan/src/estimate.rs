@@ -97,12 +97,13 @@ impl PlanInput {
         }
     }
 
-    /// The input of a resolved recipe over a model of this shape and these weights.
+    /// The input of a resolved recipe over a model of this shape and these weights, on the machine of this calibration.
     pub fn from_spec(
         spec: &RunSpec,
         model: String,
         shape: Shape,
         weights: WeightBytes,
+        calibration: Calibration,
         budget_bytes: Option<u64>,
     ) -> Self {
         Self {
@@ -123,7 +124,7 @@ impl PlanInput {
             dropout: spec.adapter.lora_dropout > 0.0 && spec.adapter.method != Method::Full,
             kept_blocks: if spec.train.gradient_checkpointing { 0 } else { shape.num_hidden_layers },
             data: None,
-            calibration: FLEX,
+            calibration,
             budget_bytes,
         }
     }

@@ -112,9 +112,9 @@ fn question(spec: &RunSpec, base: &BaseModel, rows: &[&mut Batcher; 2]) -> miett
     };
     let weights = tune_plan::from_model(base, spec.model.quantization)?;
     let shape = Shape::from(&base.config);
-    let mut input = PlanInput::from_spec(spec, base.name.clone(), shape, weights, budget);
+    let mut input =
+        PlanInput::from_spec(spec, base.name.clone(), shape, weights, calibration::current(), budget);
     input.data = Some(facts(spec, rows)?);
-    input.calibration = calibration::current();
     let four_bit = match spec.adapter.method {
         Method::Full => None,
         Method::Lora | Method::Qlora => Some(tune_plan::from_model(base, Quantization::Nf4)?),

@@ -49,11 +49,10 @@ impl Subject {
     /// The question that a recipe over this model asks.
     pub fn question(&self, spec: &RunSpec, target: &Target) -> miette::Result<Question> {
         let weights = self.weights(spec.adapter.method, spec.model.quantization)?;
-        let mut input =
-            PlanInput::from_spec(spec, self.name.clone(), self.shape, weights, target.budget_bytes);
-        input.calibration = calibration::current();
+        let model = self.name.clone();
+        let calibration = calibration::current();
         Ok(Question {
-            input,
+            input: PlanInput::from_spec(spec, model, self.shape, weights, calibration, target.budget_bytes),
             pool: target.pool,
             keeps_what_fits: !spec.origins.is_written("train.gradient_checkpointing"),
             lora_alpha: spec.origins.is_written("adapter.lora_alpha").then_some(spec.adapter.lora_alpha),
